@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * The device's side of a virtqueue, split or packed (virtio 1.3, 2.7 and 2.8).
+ *
+ * Guest memory is hostile: every descriptor is copied before it is checked, every address is
+ * translated with a bound, chains are limited to the queue's size (indirect tables too), and
+ * what is malformed makes ox_vq_pop() answer -EPROTO with `error` telling why; the queue is
+ * broken from then on.
+ *
+ * One thread uses a queue.  Everything here is free of system calls and allocation, but for
+ * ox_vq_init() and ox_vq_destroy().
+ */
+#ifndef OX_VIRTIO_VQ_H
+#define OX_VIRTIO_VQ_H
+
+#include "virtio/memory.h"
+
+#define OX_VQ_MAX_SIZE 32768u /* entries */
+
+struct ox_inflight;
+
+struct ox_vq_config {
+	bool packed, event_idx, indirect, in_order_unused;
+	uint16_t size;            /* entries; split: a power of two */
+	struct ox_memory *memory; /* a reference is taken */
+	/* Host pointers: descriptor area, driver area (avail ring / driver event suppression),
+	 * device area (used ring / device event suppression), translated and checked by the caller.
+	 */
+	void *desc, *driver, *device;
+	uint64_t device_guest_addr; /* for the dirty log: guest-physical (or log) address of the
+	                             * used ring (split) or descriptor ring (packed) */
+	uint64_t device_event_guest_addr; /* packed: of the device event suppression area */
+	/* Where to go on: split: last_avail in avail_index, used index read from memory; packed:
+	 * as VHOST_USER_GET_VRING_BASE packs them (bit 15 wrap counter). */
+	uint16_t avail_index, used_index;
+	struct ox_dirty_log *log;     /* a reference is taken; NULL: none */
+	struct ox_inflight *inflight; /* NULL: not tracked */
+};
+
+struct ox_vq {
+	struct ox_vq_config config;
+	const struct ox_region *hint;
+	uint16_t last_avail; /* split: free running; packed: 0..size-1 */
+	uint16_t last_used;
+	bool avail_wrap, used_wrap; /* packed */
+	bool notify_on;
+	bool broken;
+	uint16_t signalled_used; /* event_idx: used index at the last notification */
+	bool signalled_valid;
+	uint32_t in_flight; /* popped and not pushed */
+	char error[160];
+};
+
+/* One request's buffers.  The caller gives room for the list; `out` entries (device reads) come
+ * first. */
+struct ox_vq_chain {
+	uint16_t head;           /* split: descriptor index; packed: buffer id */
+	uint16_t ring_slots;     /* packed: descriptors in the ring that the chain took */
+	uint16_t inflight_index; /* where the inflight region records it */
+	unsigned out_count, in_count;
+	uint64_t out_bytes, in_bytes;
+	struct iovec *iov; /* out_count + in_count entries, host addresses */
+	/* Guest-physical address of each iov entry: for the dirty log; NULL when there is no log
+	 * and the caller gave no room. */
+	uint64_t *guest_addr;
+	unsigned capacity; /* entries of iov and guest_addr, set by the caller */
+};
+
+int ox_vq_init(struct ox_vq *vq, const struct ox_vq_config *config, struct ox_error *err)
+        OX_MUST_CHECK;
+void ox_vq_destroy(struct ox_vq *vq);
+
+/* Takes the next available chain: 1; 0: none; -EPROTO: broken; -ENOBUFS: the chain needs more
+ * than chain->capacity entries (nothing was taken; try again with room for OX_VQ_MAX_CHAIN). */
+#define OX_VQ_MAX_CHAIN 1026u
+int ox_vq_pop(struct ox_vq *vq, struct ox_vq_chain *chain) OX_MUST_CHECK;
+/* After a restart: the chain that was in flight with this head (split) or these descriptors
+ * (packed, from the inflight region), to be processed again. */
+int ox_vq_pop_inflight(struct ox_vq *vq, uint16_t index, struct ox_vq_chain *chain) OX_MUST_CHECK;
+/* Returns a chain to the driver; `written` bytes were put into its `in` buffers. */
+void ox_vq_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t written);
+/* After pushes: must the driver be notified? (A full barrier is inside.) */
+bool ox_vq_should_notify(struct ox_vq *vq);
+/* Driver-to-device notifications.  Turning them on answers whether chains are available that
+ * may have been added without a notification. */
+bool ox_vq_enable_notify(struct ox_vq *vq);
+void ox_vq_disable_notify(struct ox_vq *vq);
+/* Anything available? */
+bool ox_vq_has_work(struct ox_vq *vq);
+/* The value for GET_VRING_BASE (packed: 32 bits with both counters). */
+uint32_t ox_vq_base(const struct ox_vq *vq);
+
+#endif
