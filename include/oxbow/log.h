@@ -2,14 +2,17 @@
  *
  * Messages for the operator, on stderr.
  *
- * On a terminal a line is "oxbow: warning: TEXT"; when stderr is not a terminal and
- * JOURNAL_STREAM is set, it carries the journal's priority prefix "<4>" (sd-daemon(3)).
- * Any thread; one write(2) a line.  Never on the hit path.
+ * A line is "oxbow: warning: TEXT" ("oxbow: TEXT" for OX_LOG_INFO); when stderr is the stream
+ * that JOURNAL_STREAM names, it is "<4>TEXT", the journal's priority prefix (sd-daemon(3)).
+ * Any thread; one write(2) a line.  Control characters in TEXT are replaced, a line longer than
+ * OX_LOG_LINE is cut.  errno is left alone.  Never on the hit path.
  */
 #ifndef OXBOW_LOG_H
 #define OXBOW_LOG_H
 
 #include <stdbool.h>
+
+#define OX_LOG_LINE 2048
 
 /* The values are syslog's, as the journal expects them. */
 enum ox_log_level {
