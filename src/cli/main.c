@@ -1,6 +1,176 @@
-/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * The program `oxbow`: finds the subcommand, answers `help`, `--help` and `--version`, and makes
+ * sure that what was printed has arrived: standard output is closed and checked before the exit
+ * status is chosen, so that a full disk or a closed pipe is never taken for success.
+ *
+ * Called by the name oxbow-vhost-user-blk (a link) it is `oxbow serve`, as the conventions for
+ * vhost-user back-end programs want a program of its own (QEMU's docs/interop/vhost-user.rst,
+ * "Backend program conventions").
+ */
 #include "cli/cli.h"
-int main(void)
+#include "base/base.h"
+#include "base/text.h"
+#include "oxbow-config.h"
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+/* A subcommand's file adds itself by being linked: the ones that are not in src/cli/meson.build
+ * are not in the program. */
+#pragma weak ox_command_create
+#pragma weak ox_command_info
+#pragma weak ox_command_resize
+#pragma weak ox_command_serve
+
+static const struct ox_command *const commands[] = {
+        &ox_command_create,
+        &ox_command_info,
+        &ox_command_resize,
+        &ox_command_serve,
+};
+
+static const char back_end_name[] = "oxbow-vhost-user-blk";
+
+static const struct ox_command *find_command(const char *name)
 {
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
+		if (commands[i] && !strcmp(commands[i]->name, name))
+			return commands[i];
+	}
+	return NULL;
+}
+
+static int unknown_command(const char *name)
+{
+	const char *names[OX_ARRAY_SIZE(commands) + 2];
+	const char *nearest;
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
+		if (commands[i])
+			names[count++] = commands[i]->name;
+	}
+	names[count++] = "help";
+	names[count] = NULL;
+	nearest = ox_nearest_word(name, names);
+	if (nearest)
+		return ox_cli_failf("there is no subcommand '%s'; did you mean '%s'?", name,
+		                    nearest);
+	return ox_cli_failf("there is no subcommand '%s'; 'oxbow help' lists them", name);
+}
+
+static void print_overview(void)
+{
+	fputs("Usage: oxbow SUBCOMMAND [OPTION]... [ARGUMENT]...\n"
+	      "Virtual disks for KVM guests.\n"
+	      "\n"
+	      "Subcommands:\n",
+	      stdout);
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
+		if (commands[i])
+			printf("  %-8s  %s\n", commands[i]->name, commands[i]->summary);
+	}
+	fputs("  help      show this, or a subcommand's help (oxbow help SUBCOMMAND)\n"
+	      "\n"
+	      "Other forms:\n"
+	      "  oxbow SUBCOMMAND --help   the same as 'oxbow help SUBCOMMAND'\n"
+	      "  oxbow --help              show this\n"
+	      "  oxbow --version           show the version\n"
+	      "\n"
+	      "The exit status is 0 when all went well and 1 when not; messages go to standard\n"
+	      "error. OXBOW_LOG=error|warning|info|debug in the environment says how many.\n",
+	      stdout);
+}
+
+static int command_help(int argc, char **argv)
+{
+	const struct ox_command *command;
+
+	if (argc > 2)
+		return ox_cli_failf("help takes one subcommand, not %d words", argc - 1);
+	if (argc < 2 || !strcmp(argv[1], "help")) {
+		print_overview();
+		return 0;
+	}
+	command = find_command(argv[1]);
+	if (!command)
+		return unknown_command(argv[1]);
+	fputs(command->help, stdout);
 	return 0;
+}
+
+static void print_version(void)
+{
+	puts("oxbow " OX_VERSION);
+}
+
+/* Asked for help or the version anywhere before a "--"?  'h', 'V' or 0. */
+static int wants_help(int argc, char **argv)
+{
+	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
+		if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"))
+			return 'h';
+		if (!strcmp(argv[i], "--version"))
+			return 'V';
+	}
+	return 0;
+}
+
+static int run_command(const struct ox_command *command, int argc, char **argv)
+{
+	switch (wants_help(argc, argv)) {
+	case 'h':
+		fputs(command->help, stdout);
+		return 0;
+	case 'V':
+		print_version();
+		return 0;
+	default:
+		return command->run(argc, argv);
+	}
+}
+
+static int run(int argc, char **argv)
+{
+	const struct ox_command *command;
+
+	if (argc > 0 && !strcmp(basename(argv[0]), back_end_name) && find_command("serve"))
+		return run_command(find_command("serve"), argc, argv);
+	if (argc < 2)
+		return ox_cli_failf("a subcommand is missing; 'oxbow help' lists them");
+	if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")) {
+		print_overview();
+		return 0;
+	}
+	if (!strcmp(argv[1], "--version") || !strcmp(argv[1], "-V")) {
+		print_version();
+		return 0;
+	}
+	if (!strcmp(argv[1], "help"))
+		return command_help(argc - 1, argv + 1);
+	if (argv[1][0] == '-')
+		return ox_cli_failf("option '%s' must follow a subcommand; 'oxbow help' lists them",
+		                    argv[1]);
+	command = find_command(argv[1]);
+	if (!command)
+		return unknown_command(argv[1]);
+	return run_command(command, argc - 1, argv + 1);
+}
+
+int main(int argc, char **argv)
+{
+	int status;
+
+	/* A reader that went away is an error of the write, which is checked. */
+	signal(SIGPIPE, SIG_IGN);
+	status = run(argc, argv);
+	errno = 0;
+	if (ferror(stdout) | fclose(stdout)) {
+		if (errno)
+			return ox_cli_failf("cannot write to standard output: %s", strerror(errno));
+		return ox_cli_failf("cannot write to standard output");
+	}
+	return status;
 }
