@@ -14,20 +14,40 @@
 /* Bytes that one queue's part takes; parts follow each other, 64-byte aligned. */
 uint64_t ox_inflight_queue_bytes(bool packed, uint16_t size);
 
+/* A new zeroed memory file for GET_INFLIGHT_FD, of queues * ox_inflight_queue_bytes() bytes.  The
+ * client's file (SET_INFLIGHT_FD) is mapped with ox_mapping_map(). */
+int ox_inflight_create(unsigned queues, bool packed, uint16_t size, int *fd, uint64_t *bytes,
+                       struct ox_error *err) OX_MUST_CHECK;
+
 /* A view of one queue's part; `area` is mapped and at least ox_inflight_queue_bytes(). */
 struct ox_inflight {
 	void *area;
 	bool packed;
 	uint16_t size;
 	uint64_t counter; /* of the next submission */
-	bool *broken;
+	bool *broken;     /* the mapping's; may be NULL */
 };
-/* Looks at what a region holds: a fresh one is initialised, one of an earlier run is repaired as
- * the specification says (the used index moved but the entry was not cleared).  `used_index`:
- * the used ring's now (split).  -EINVAL: impossible content. */
-int ox_inflight_open(struct ox_inflight *inflight, void *area, bool packed, uint16_t size,
-                     uint16_t used_index, struct ox_error *err) OX_MUST_CHECK;
+/* Fills the view; ox_vq_init() with config.inflight does the rest.  area: 8-byte aligned. */
+void ox_inflight_attach(struct ox_inflight *inflight, void *area, bool packed, uint16_t size,
+                        bool *broken);
+
+/* The rest is for vq.c. */
+
+struct ox_inflight_position {
+	uint16_t avail, used;       /* packed: slots; split: free-running indices */
+	bool avail_wrap, used_wrap; /* packed */
+	uint32_t slots;             /* packed: taken by what is in flight */
+};
+/* Looks at what the region holds: a fresh one is initialised from *position, one of an earlier
+ * run is repaired as the specification says and tells *position.  `used_index`: the used ring's
+ * now (split); `ring`: the descriptor ring (packed), where a batch that was not published is
+ * taken back.  -EINVAL: impossible content. */
+int ox_inflight_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
+                     uint16_t used_index, void *ring, struct ox_error *err) OX_MUST_CHECK;
 /* The entries to submit again, oldest first, into `index` (room for size); how many. */
 unsigned ox_inflight_pending(struct ox_inflight *inflight, uint16_t *index);
+/* A ring's orderly end with nothing in flight: the next open finds a fresh region.  False and
+ * nothing done if something is. */
+bool ox_inflight_close(struct ox_inflight *inflight);
 
 #endif

@@ -24,17 +24,31 @@
 
 #define OX_MEMORY_MAX_REGIONS 509
 
+/* A part of a client's file, mapped shared and guarded against SIGBUS (also used for the inflight
+ * region).  main's thread. */
+struct ox_mapping {
+	char *host;    /* the byte at `offset` */
+	uint64_t size; /* bytes from host on */
+	bool *broken;  /* set by the SIGBUS handler; valid until unmapped */
+	void *base;    /* what mmap gave */
+	uint64_t base_size;
+	int slot;
+};
+/* The descriptor stays the caller's.  -EINVAL: the file is shorter, or offset + size overflows. */
+int ox_mapping_map(int fd, uint64_t size, uint64_t offset, struct ox_mapping *mapping,
+                   struct ox_error *err) OX_MUST_CHECK;
+/* Also for a zeroed struct. */
+void ox_mapping_unmap(struct ox_mapping *mapping);
+
 struct ox_region {
 	uint64_t guest_addr; /* guest-physical */
 	uint64_t size;       /* bytes */
 	uint64_t user_addr;  /* the front end's virtual address: vring addresses use it */
 	uint64_t mmap_offset;
 	char *host;          /* our address of guest_addr */
-	unsigned references; /* tables that hold it; main's thread */
+	unsigned references; /* tables that hold it; atomic */
 	bool *broken;        /* set by the SIGBUS handler */
-	void *mapping;
-	uint64_t mapping_size;
-	int fd; /* -1 once mapped, or kept for comparing */
+	struct ox_mapping mapping;
 };
 
 struct ox_memory {
@@ -48,8 +62,9 @@ int ox_region_map(uint64_t guest_addr, uint64_t size, uint64_t user_addr, uint64
                   int fd, struct ox_region **region, struct ox_error *err) OX_MUST_CHECK;
 
 struct ox_memory *ox_memory_new(void);
-/* A copy with one more region (the region's reference is taken over) / without the one at
- * guest_addr, size and user_addr. -EEXIST overlap, -ENOSPC too many, -ENOENT. */
+/* A copy with one more region (the region's reference is taken over, also on failure) / without
+ * the one at guest_addr, size and user_addr. -EEXIST overlap, -ENOSPC too many, -ENOENT.  The old
+ * table is left alone and stays the caller's. */
 int ox_memory_with(const struct ox_memory *old, struct ox_region *add, struct ox_memory **out,
                    struct ox_error *err) OX_MUST_CHECK;
 int ox_memory_without(const struct ox_memory *old, uint64_t guest_addr, uint64_t size,
@@ -76,9 +91,9 @@ struct ox_dirty_log {
 	unsigned references;
 	uint8_t *bits;
 	uint64_t size; /* bytes of bitmap */
-	void *mapping;
-	uint64_t mapping_size;
+	struct ox_mapping mapping;
 };
+/* The descriptor stays the caller's. */
 int ox_dirty_log_map(int fd, uint64_t size, uint64_t offset, struct ox_dirty_log **log,
                      struct ox_error *err) OX_MUST_CHECK;
 struct ox_dirty_log *ox_dirty_log_get(struct ox_dirty_log *log);

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * Private to src/virtio: what rings look like in memory (virtio 1.3, 2.7 and 2.8), and what
+ * vq.c, split.c and packed.c share.
+ *
+ * Everything in guest memory is little endian and changes under us: fields are read once, by
+ * the ox_ring_ functions, into locals.
+ */
+#ifndef OX_VIRTIO_VRING_H
+#define OX_VIRTIO_VRING_H
+
+#include "virtio/inflight.h"
+#include "virtio/vq.h"
+
+#include <endian.h>
+
+enum {
+	OX_DESC_NEXT = 1,
+	OX_DESC_WRITE = 2,
+	OX_DESC_INDIRECT = 4,
+	OX_DESC_AVAIL = 1 << 7, /* packed */
+	OX_DESC_USED = 1 << 15, /* packed */
+};
+
+enum { OX_AVAIL_NO_INTERRUPT = 1, OX_USED_NO_NOTIFY = 1 };
+
+/* Packed: event suppression flags. */
+enum { OX_EVENT_ENABLE = 0, OX_EVENT_DISABLE = 1, OX_EVENT_DESC = 2 };
+
+struct ox_split_desc {
+	uint64_t addr;
+	uint32_t len;
+	uint16_t flags;
+	uint16_t next;
+};
+
+struct ox_split_avail {
+	uint16_t flags;
+	uint16_t idx;
+	uint16_t ring[]; /* behind it: used_event */
+};
+
+struct ox_split_used_elem {
+	uint32_t id;
+	uint32_t len;
+};
+
+struct ox_split_used {
+	uint16_t flags;
+	uint16_t idx;
+	struct ox_split_used_elem ring[]; /* behind it: avail_event */
+};
+
+struct ox_packed_desc {
+	uint64_t addr;
+	uint32_t len;
+	uint16_t id;
+	uint16_t flags;
+};
+
+struct ox_packed_event {
+	uint16_t off_wrap;
+	uint16_t flags;
+};
+
+_Static_assert(sizeof(struct ox_split_desc) == 16, "virtio 1.3, 2.7.5");
+_Static_assert(sizeof(struct ox_packed_desc) == 16, "virtio 1.3, 2.8.13");
+
+/* A descriptor of an indirect table: both rings use the first twelve bytes alike; flags are at
+ * different places. */
+
+static inline uint16_t ox_ring_get16(const uint16_t *p)
+{
+	return le16toh(__atomic_load_n(p, __ATOMIC_RELAXED));
+}
+static inline uint16_t ox_ring_get16_acquire(const uint16_t *p)
+{
+	return le16toh(__atomic_load_n(p, __ATOMIC_ACQUIRE));
+}
+static inline void ox_ring_put16(uint16_t *p, uint16_t value)
+{
+	__atomic_store_n(p, htole16(value), __ATOMIC_RELAXED);
+}
+static inline void ox_ring_put16_release(uint16_t *p, uint16_t value)
+{
+	__atomic_store_n(p, htole16(value), __ATOMIC_RELEASE);
+}
+
+static inline struct ox_split_desc ox_split_desc_load(const struct ox_split_desc *p)
+{
+	struct ox_split_desc d = {
+	        .addr = le64toh(__atomic_load_n(&p->addr, __ATOMIC_RELAXED)),
+	        .len = le32toh(__atomic_load_n(&p->len, __ATOMIC_RELAXED)),
+	        .flags = le16toh(__atomic_load_n(&p->flags, __ATOMIC_RELAXED)),
+	        .next = le16toh(__atomic_load_n(&p->next, __ATOMIC_RELAXED)),
+	};
+	return d;
+}
+/* flags are read by the caller, with acquire where they say that the rest is there. */
+static inline struct ox_packed_desc ox_packed_desc_load(const struct ox_packed_desc *p,
+                                                        uint16_t flags)
+{
+	struct ox_packed_desc d = {
+	        .addr = le64toh(__atomic_load_n(&p->addr, __ATOMIC_RELAXED)),
+	        .len = le32toh(__atomic_load_n(&p->len, __ATOMIC_RELAXED)),
+	        .id = le16toh(__atomic_load_n(&p->id, __ATOMIC_RELAXED)),
+	        .flags = flags,
+	};
+	return d;
+}
+
+static inline bool ox_region_holds(const struct ox_region *region, uint64_t addr, uint64_t length)
+{
+	uint64_t offset = addr - region->guest_addr;
+
+	return offset < region->size && length <= region->size - offset;
+}
+
+/* How many mappings in the process a client has broken: while 0, no flag needs a look. */
+unsigned ox_sigbus_broken_count(void);
+
+struct ox_vq_pending {
+	uint32_t len;
+	uint16_t id; /* head, or packed: buffer id */
+	uint16_t slots;
+	uint16_t inflight_index;
+};
+
+/* Sets vq->broken and the text; -EPROTO. */
+int ox_vq_break(struct ox_vq *vq, const char *fmt, ...) __attribute__((format(printf, 2, 3), cold));
+
+/* Adds a buffer to the chain, split where regions meet.  0, -EPROTO, -ENOBUFS. */
+int ox_vq_add_buffer_slow(struct ox_vq *vq, struct ox_vq_chain *chain, uint64_t addr, uint32_t len,
+                          bool in);
+
+/* The same, the usual case inline: room in the list, within the last region, in order. */
+static inline int ox_vq_add_buffer(struct ox_vq *vq, struct ox_vq_chain *chain, uint64_t addr,
+                                   uint32_t len, bool in)
+{
+	const struct ox_region *region = vq->hint;
+	unsigned at = chain->out_count + chain->in_count;
+
+	if (ox_unlikely(!region || !len || !ox_region_holds(region, addr, len) ||
+	                at >= chain->capacity || (!in && chain->in_count)))
+		return ox_vq_add_buffer_slow(vq, chain, addr, len, in);
+	chain->iov[at].iov_base = region->host + (addr - region->guest_addr);
+	chain->iov[at].iov_len = len;
+	if (chain->guest_addr)
+		chain->guest_addr[at] = addr;
+	if (in) {
+		chain->in_count++;
+		chain->in_bytes += len;
+	} else {
+		chain->out_count++;
+		chain->out_bytes += len;
+	}
+	return 0;
+}
+
+static inline void ox_vq_chain_clear(struct ox_vq_chain *chain)
+{
+	chain->out_count = chain->in_count = 0;
+	chain->out_bytes = chain->in_bytes = 0;
+	chain->ring_slots = 0;
+	chain->inflight_index = 0;
+}
+
+/* Marks bytes of the used ring (split) or descriptor ring (packed) as written. */
+static inline void ox_vq_log_ring(struct ox_vq *vq, uint64_t offset, uint64_t length)
+{
+	if (ox_unlikely(vq->config.log))
+		ox_dirty_log_mark(vq->config.log, vq->config.device_guest_addr + offset, length);
+}
+
+int ox_split_init(struct ox_vq *vq, struct ox_error *err);
+int ox_split_pop(struct ox_vq *vq, struct ox_vq_chain *chain);
+int ox_split_pop_inflight(struct ox_vq *vq, uint16_t head, struct ox_vq_chain *chain);
+void ox_split_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t written);
+void ox_split_flush(struct ox_vq *vq);
+bool ox_split_should_notify(struct ox_vq *vq);
+bool ox_split_enable_notify(struct ox_vq *vq);
+void ox_split_disable_notify(struct ox_vq *vq);
+bool ox_split_has_work(struct ox_vq *vq);
+
+int ox_packed_init(struct ox_vq *vq, struct ox_error *err);
+int ox_packed_pop(struct ox_vq *vq, struct ox_vq_chain *chain);
+int ox_packed_pop_inflight(struct ox_vq *vq, uint16_t index, struct ox_vq_chain *chain);
+void ox_packed_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t written);
+void ox_packed_flush(struct ox_vq *vq);
+bool ox_packed_should_notify(struct ox_vq *vq);
+bool ox_packed_enable_notify(struct ox_vq *vq);
+void ox_packed_disable_notify(struct ox_vq *vq);
+bool ox_packed_has_work(struct ox_vq *vq);
+
+#endif
