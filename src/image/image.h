@@ -32,7 +32,10 @@ struct ox_request {
 	/* The disk's. */
 	struct ox_disk_queue *queue;
 	uint64_t start_ns;
+	uint64_t disk_generation;    /* a flush: what it makes durable (disk_private.h) */
 	uint8_t disk_op, disk_flags; /* as the guest sent them */
+	uint8_t disk_phase;          /* which of a drain's two sides it is counted on */
+	uint8_t disk_step;           /* the operation itself, or the flush behind it */
 	bool held;
 	TAILQ_ENTRY(ox_request) link;
 
@@ -107,11 +110,12 @@ struct ox_image_options {
 struct ox_image {
 	const struct ox_format_ops *ops;
 	struct ox_store *store;
-	uint64_t size; /* virtual, bytes */
+	uint64_t size; /* virtual, bytes (atomic: a resize changes it under the I/O threads) */
 	bool read_only;
 	/* The format raw was guessed: a guest must not be able to turn the image into another
 	 * format by writing its first sector (CVE-2007-1320's class). */
 	bool guard_first_sector;
+	bool guard_said; /* the refusal was logged (atomic) */
 	void *priv;
 };
 
