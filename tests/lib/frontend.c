@@ -319,7 +319,8 @@ static int start(struct fe *fe, bool again)
 	if (fe->protocol_features & FE_P_CONFIG) {
 		struct virtio_blk_config config;
 
-		rc = fe_get_config(fe, 0, sizeof(config), &config);
+		/* Up to the topology, as QEMU without WCE: every back end has that much. */
+		rc = fe_get_config(fe, 0, 32, &config);
 		if (rc)
 			return rc;
 		fe->capacity = config.capacity * 512;
