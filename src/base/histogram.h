@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
  * Latency histograms: log-linear, 16 steps per power of two (at most 6.25 % wide), from 0 to
- * 2^40 ns (18 minutes; longer counts in the last bucket).  One writer, any reader: counters are
+ * 2^41 ns (36 minutes; longer counts in the last bucket).  One writer, any reader: counters are
  * read relaxed, a reader may see a sum and buckets that are one sample apart.
  */
 #ifndef OX_BASE_HISTOGRAM_H
