@@ -19,7 +19,9 @@ uint64_t ox_inflight_queue_bytes(bool packed, uint16_t size);
 int ox_inflight_create(unsigned queues, bool packed, uint16_t size, int *fd, uint64_t *bytes,
                        struct ox_error *err) OX_MUST_CHECK;
 
-/* A view of one queue's part; `area` is mapped and at least ox_inflight_queue_bytes(). */
+/* A view of one queue's part; `area` is mapped and at least ox_inflight_queue_bytes().  `size` is
+ * the queue size of the GET_INFLIGHT_FD or SET_INFLIGHT_FD message: the ring's own is that or
+ * less. */
 struct ox_inflight {
 	void *area;
 	bool packed;
@@ -39,11 +41,11 @@ struct ox_inflight_position {
 	uint32_t slots;             /* packed: taken by what is in flight */
 };
 /* Looks at what the region holds: a fresh one is initialised from *position, one of an earlier
- * run is repaired as the specification says and tells *position.  `used_index`: the used ring's
- * now (split); `ring`: the descriptor ring (packed), where a batch that was not published is
- * taken back.  -EINVAL: impossible content. */
+ * run is repaired as the specification says and tells *position.  split: position->used is the
+ * used ring's index now, ring NULL.  packed: `ring` is the descriptor ring, where a batch that was
+ * not published is taken back.  ring_size: entries of the ring.  -EINVAL: impossible content. */
 int ox_inflight_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
-                     uint16_t used_index, void *ring, struct ox_error *err) OX_MUST_CHECK;
+                     void *ring, uint16_t ring_size, struct ox_error *err) OX_MUST_CHECK;
 /* The entries to submit again, oldest first, into `index` (room for size); how many. */
 unsigned ox_inflight_pending(struct ox_inflight *inflight, uint16_t *index);
 /* A ring's orderly end with nothing in flight: the next open finds a fresh region.  False and

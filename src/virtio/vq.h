@@ -60,8 +60,8 @@ struct ox_vq {
 	bool avail_wrap, used_wrap; /* packed */
 	bool notify_on;
 	bool broken;
-	uint16_t signalled_used; /* event_idx: used index at the last notification */
-	bool signalled_valid;
+	bool asked;             /* ox_vq_should_notify() was called since ox_vq_init() */
+	uint32_t unsignalled;   /* flushed since then: elements (split), slots (packed) */
 	uint32_t in_flight;     /* popped and not pushed */
 	uint32_t slots;         /* packed: ring slots that the chains in flight took */
 	uint32_t pending_count; /* pushed and not flushed */
@@ -119,7 +119,8 @@ void ox_vq_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t writ
 /* Makes visible what was pushed (no notification). */
 void ox_vq_flush(struct ox_vq *vq);
 /* After pushes: flushes; must the driver be notified? (A full barrier is inside.)  False when
- * nothing was flushed since it was asked last. */
+ * nothing was flushed since it was asked last, but for the first time after ox_vq_init(): a killed
+ * process may have published and not notified, so ask once when a ring starts. */
 bool ox_vq_should_notify(struct ox_vq *vq);
 /* Driver-to-device notifications.  Turning them on answers whether chains are available that
  * may have been added without a notification. */

@@ -66,9 +66,6 @@ struct ox_packed_event {
 _Static_assert(sizeof(struct ox_split_desc) == 16, "virtio 1.3, 2.7.5");
 _Static_assert(sizeof(struct ox_packed_desc) == 16, "virtio 1.3, 2.8.13");
 
-/* A descriptor of an indirect table: both rings use the first twelve bytes alike; flags are at
- * different places. */
-
 static inline uint16_t ox_ring_get16(const uint16_t *p)
 {
 	return le16toh(__atomic_load_n(p, __ATOMIC_RELAXED));
@@ -86,15 +83,23 @@ static inline void ox_ring_put16_release(uint16_t *p, uint16_t value)
 	__atomic_store_n(p, htole16(value), __ATOMIC_RELEASE);
 }
 
+static inline struct ox_split_desc ox_split_desc_of(uint64_t first, uint64_t second)
+{
+	second = le64toh(second);
+	return (struct ox_split_desc){
+	        .addr = le64toh(first),
+	        .len = (uint32_t)second,
+	        .flags = (uint16_t)(second >> 32),
+	        .next = (uint16_t)(second >> 48),
+	};
+}
+/* Two loads: a descriptor is ours to read whole only after the index that made it available. */
 static inline struct ox_split_desc ox_split_desc_load(const struct ox_split_desc *p)
 {
-	struct ox_split_desc d = {
-	        .addr = le64toh(__atomic_load_n(&p->addr, __ATOMIC_RELAXED)),
-	        .len = le32toh(__atomic_load_n(&p->len, __ATOMIC_RELAXED)),
-	        .flags = le16toh(__atomic_load_n(&p->flags, __ATOMIC_RELAXED)),
-	        .next = le16toh(__atomic_load_n(&p->next, __ATOMIC_RELAXED)),
-	};
-	return d;
+	const uint64_t *words = (const uint64_t *)(const void *)p;
+
+	return ox_split_desc_of(__atomic_load_n(&words[0], __ATOMIC_RELAXED),
+	                        __atomic_load_n(&words[1], __ATOMIC_RELAXED));
 }
 /* flags are read by the caller, with acquire where they say that the rest is there. */
 static inline struct ox_packed_desc ox_packed_desc_load(const struct ox_packed_desc *p,
@@ -119,12 +124,105 @@ static inline bool ox_region_holds(const struct ox_region *region, uint64_t addr
 /* How many mappings in the process a client has broken: while 0, no flag needs a look. */
 unsigned ox_sigbus_broken_count(void);
 
+/* The inflight region (vhost-user, "Inflight I/O tracking"), host byte order. */
+struct ox_inflight_split_entry {
+	uint8_t inflight;
+	uint8_t padding[5];
+	uint16_t next; /* of the last batch */
+	uint64_t counter;
+};
+struct ox_inflight_split {
+	uint64_t features;
+	uint16_t version;
+	uint16_t desc_num;
+	uint16_t last_batch_head;
+	uint16_t used_idx;
+	struct ox_inflight_split_entry desc[];
+};
+
+struct ox_inflight_packed_entry {
+	uint8_t inflight;
+	uint8_t padding;
+	uint16_t next; /* free list, or the chain's next */
+	uint16_t last; /* of the chain */
+	uint16_t num;  /* of the chain */
+	uint64_t counter;
+	uint16_t id;
+	uint16_t flags;
+	uint32_t len;
+	uint64_t addr;
+};
+struct ox_inflight_packed {
+	uint64_t features;
+	uint16_t version;
+	uint16_t desc_num;
+	uint16_t free_head;
+	uint16_t old_free_head;
+	uint16_t used_idx;
+	uint16_t old_used_idx;
+	uint8_t used_wrap_counter;
+	uint8_t old_used_wrap_counter;
+	uint8_t padding[7];
+	struct ox_inflight_packed_entry desc[];
+};
+_Static_assert(sizeof(struct ox_inflight_split) == 16, "vhost-user layout");
+_Static_assert(sizeof(struct ox_inflight_split_entry) == 16, "vhost-user layout");
+_Static_assert(sizeof(struct ox_inflight_packed) == 32, "vhost-user layout");
+_Static_assert(sizeof(struct ox_inflight_packed_entry) == 32, "vhost-user layout");
+
+/* A store that a later process may find: after those before it in the program, before those
+ * behind it.  A test counts and stops at each. */
+#ifndef OX_STORE_POINT
+#define OX_STORE_POINT() ((void)0)
+#endif
+#define ox_persist(where, value)                                      \
+	do {                                                          \
+		__atomic_store_n((where), (value), __ATOMIC_RELEASE); \
+		OX_STORE_POINT();                                     \
+	} while (0)
+
 struct ox_vq_pending {
 	uint32_t len;
 	uint16_t id; /* head, or packed: buffer id */
 	uint16_t slots;
 	uint16_t inflight_index;
 };
+
+/* The order of these stores is explained at the head of inflight.c. */
+static inline void ox_inflight_split_take(struct ox_inflight *inflight, uint16_t head)
+{
+	struct ox_inflight_split *region = inflight->area;
+
+	ox_persist(&region->desc[head].counter, inflight->counter++);
+	ox_persist(&region->desc[head].inflight, 1);
+}
+static inline void ox_inflight_split_batch(struct ox_inflight *inflight, uint16_t head)
+{
+	struct ox_inflight_split *region = inflight->area;
+
+	ox_persist(&region->desc[head].next, region->last_batch_head);
+	ox_persist(&region->last_batch_head, head);
+}
+static inline void ox_inflight_split_clear(struct ox_inflight *inflight,
+                                           const struct ox_vq_pending *batch, uint32_t count,
+                                           uint16_t used_idx)
+{
+	struct ox_inflight_split *region = inflight->area;
+
+	for (uint32_t i = 0; i < count; i++)
+		ox_persist(&region->desc[batch[i].id].inflight, 0);
+	ox_persist(&region->used_idx, used_idx);
+}
+
+/* Packed.  take: `num` entries were filled along the free list from its head to `last`, `next` is
+ * behind it; answers the chain's index (the head's). */
+uint16_t ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t last, uint16_t next,
+                                 uint16_t num);
+/* Before a batch is written to the ring / after its first flags were. */
+void ox_inflight_packed_prepare(struct ox_inflight *inflight, const struct ox_vq_pending *batch,
+                                uint32_t count, uint16_t used_idx, bool used_wrap);
+void ox_inflight_packed_commit(struct ox_inflight *inflight, const struct ox_vq_pending *batch,
+                               uint32_t count);
 
 /* Sets vq->broken and the text; -EPROTO. */
 int ox_vq_break(struct ox_vq *vq, const char *fmt, ...) __attribute__((format(printf, 2, 3), cold));
@@ -177,9 +275,9 @@ int ox_split_pop(struct ox_vq *vq, struct ox_vq_chain *chain);
 int ox_split_pop_inflight(struct ox_vq *vq, uint16_t head, struct ox_vq_chain *chain);
 void ox_split_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t written);
 void ox_split_flush(struct ox_vq *vq);
-bool ox_split_should_notify(struct ox_vq *vq);
-bool ox_split_enable_notify(struct ox_vq *vq);
-void ox_split_disable_notify(struct ox_vq *vq);
+/* Does the driver want a notification for what was flushed lately (elements or slots)? */
+bool ox_split_wants_notify(struct ox_vq *vq, uint32_t since);
+void ox_split_set_notify(struct ox_vq *vq, bool on);
 bool ox_split_has_work(struct ox_vq *vq);
 
 int ox_packed_init(struct ox_vq *vq, struct ox_error *err);
@@ -187,9 +285,9 @@ int ox_packed_pop(struct ox_vq *vq, struct ox_vq_chain *chain);
 int ox_packed_pop_inflight(struct ox_vq *vq, uint16_t index, struct ox_vq_chain *chain);
 void ox_packed_push(struct ox_vq *vq, const struct ox_vq_chain *chain, uint32_t written);
 void ox_packed_flush(struct ox_vq *vq);
-bool ox_packed_should_notify(struct ox_vq *vq);
-bool ox_packed_enable_notify(struct ox_vq *vq);
-void ox_packed_disable_notify(struct ox_vq *vq);
+/* Does the driver want a notification for what was flushed lately (elements or slots)? */
+bool ox_packed_wants_notify(struct ox_vq *vq, uint32_t since);
+void ox_packed_set_notify(struct ox_vq *vq, bool on);
 bool ox_packed_has_work(struct ox_vq *vq);
 
 #endif
