@@ -127,6 +127,8 @@ struct ox_store_ops {
 	/* Optional: without it a discard succeeds and does nothing; also SECURE_ERASE, which
 	 * without it fails with -ENOTSUP. */
 	void (*discard)(struct ox_channel *channel, struct ox_io *io);
+	/* Required. Reads without a channel; the range lies within the size. Any thread, blocks. */
+	int (*pread)(struct ox_store *store, uint64_t offset, void *buf, size_t bytes);
 	/* Optional: without it everything is DATA. May block (SEEK_HOLE reads metadata).
 	 * *length: in, how far to look; out, how far *status holds from offset (> 0). */
 	int (*status)(struct ox_store *store, uint64_t offset, uint64_t *length,
