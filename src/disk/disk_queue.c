@@ -29,7 +29,14 @@
 #include <string.h>
 
 /* What a submitter may set; the rest is the disk's to decide. */
-#define REQUEST_FLAGS (OX_IO_DSYNC | OX_IO_MAY_UNMAP | OX_IO_NO_FALLBACK)
+static const uint8_t allowed_flags[] = {
+        [OX_IO_READ] = 0,
+        [OX_IO_WRITE] = OX_IO_DSYNC,
+        [OX_IO_FLUSH] = 0,
+        [OX_IO_ZERO] = OX_IO_DSYNC | OX_IO_MAY_UNMAP | OX_IO_NO_FALLBACK,
+        [OX_IO_DISCARD] = OX_IO_DSYNC,
+        [OX_IO_SECURE_ERASE] = OX_IO_DSYNC,
+};
 
 static bool is_writeback(const struct ox_disk *disk)
 {
@@ -89,6 +96,7 @@ static void finish_request(struct ox_request *request, int result)
 static void submit_flush(struct ox_disk_queue *queue, struct ox_request *request)
 {
 	request->op = OX_IO_FLUSH;
+	request->flags = 0;
 	request->disk_generation = __atomic_load_n(&queue->disk->dirtied, __ATOMIC_ACQUIRE);
 	ox_image_submit(queue->channel, request);
 }
@@ -165,7 +173,7 @@ static void start_request(struct ox_disk_queue *queue, struct ox_request *reques
                           int refused)
 {
 	request->op = request->disk_op;
-	request->flags = request->disk_flags & REQUEST_FLAGS;
+	request->flags = request->disk_flags & allowed_flags[request->op];
 	request->disk_step = OX_STEP_OPERATION;
 	request->disk_phase = (uint8_t)(queue->phase | retry);
 	ox_count(&queue->in_flight[queue->phase], 1);

@@ -52,9 +52,15 @@ static void image_finish(struct ox_request *request, int result)
 
 /* --- the slow path ----------------------------------------------------------------------- */
 
+/* A list in memory: the guest's, or one with the guard's copy in front. */
+struct list {
+	struct iovec *iov;
+	unsigned count;
+};
+
 /* One store request for a part of the guest's; `part` has room for its list. */
-static int move_part_co(struct ox_request *request, uint64_t at, uint64_t bytes,
-                        uint64_t store_offset, struct iovec *part)
+static int move_part_co(struct ox_request *request, const struct list *list, uint64_t at,
+                        uint64_t bytes, uint64_t store_offset, struct iovec *part)
 {
 	struct ox_io *io = &request->io;
 
@@ -62,36 +68,61 @@ static int move_part_co(struct ox_request *request, uint64_t at, uint64_t bytes,
 	io->flags = request->flags;
 	io->offset = store_offset;
 	io->length = bytes;
-	io->iov = NULL;
-	io->iovcnt = 0;
-	if (part) {
-		io->iovcnt = ox_iov_slice(request->iov, request->iovcnt, at, bytes, part);
-		io->iov = part;
-	}
+	io->iov = part;
+	io->iovcnt = list ? ox_iov_slice(list->iov, list->count, at, bytes, part) : 0;
 	return ox_store_submit_co(request->channel->store, io);
 }
 
-static int read_or_write_co(struct ox_request *request, struct iovec *part)
+struct prepare_call {
+	struct ox_image *image;
+	uint64_t offset, length;
+};
+
+static int prepare_in_worker(void *arg)
+{
+	struct prepare_call *call = arg;
+
+	return call->image->ops->prepare(call->image, call->offset, call->length);
+}
+
+static int prepare_co(struct ox_image *image, uint64_t offset, uint64_t length)
+{
+	struct prepare_call call = {.image = image, .offset = offset, .length = length};
+
+	return image->ops->prepare ? ox_worker_call_co(prepare_in_worker, &call) : -ENOTSUP;
+}
+
+static int read_or_write_co(struct ox_request *request, const struct list *list, struct iovec *part)
 {
 	struct ox_image *image = request->channel->image;
 	struct ox_extent extent;
-	int rc = 0;
+	uint64_t at = 0;
+	int rc;
 
-	for (uint64_t at = 0; at < request->length && rc == 0; at += extent.length) {
+	while (at < request->length) {
 		uint64_t left = request->length - at;
 
 		rc = image->ops->lookup(image, request->offset + at, left, &extent);
 		if (rc < 0)
-			break;
+			return rc;
 		extent.length = ox_min(extent.length, left);
-		if (extent.kind == OX_EXTENT_DATA)
-			rc = move_part_co(request, at, extent.length, extent.store_offset, part);
-		else if (request->op == OX_IO_READ)
-			ox_iov_memset(request->iov, request->iovcnt, at, 0, extent.length);
-		else
-			rc = -ENOTSUP; /* no format that leaves space out can hand it out yet */
+		if (extent.kind == OX_EXTENT_ZERO && request->op == OX_IO_WRITE) {
+			rc = prepare_co(image, request->offset + at, extent.length);
+			if (rc < 0)
+				return rc;
+			continue; /* and look again: it is data now */
+		}
+		if (extent.kind == OX_EXTENT_ZERO) {
+			ox_iov_memset(list->iov, list->count, at, 0, extent.length);
+		} else {
+			rc = move_part_co(request, list, at, extent.length, extent.store_offset,
+			                  part);
+			if (rc < 0)
+				return rc;
+		}
+		at += extent.length;
 	}
-	return rc;
+	return 0;
 }
 
 /* ZERO, DISCARD, SECURE_ERASE: what is not stored is zero already and holds nothing. */
@@ -109,7 +140,8 @@ static int clear_co(struct ox_request *request)
 			break;
 		extent.length = ox_min(extent.length, left);
 		if (extent.kind == OX_EXTENT_DATA)
-			rc = move_part_co(request, at, extent.length, extent.store_offset, NULL);
+			rc = move_part_co(request, NULL, at, extent.length, extent.store_offset,
+			                  NULL);
 	}
 	return rc;
 }
@@ -125,43 +157,51 @@ static void say_refused(struct ox_image *image, const void *sector)
 	       image->store->path, ox_image_guess_format(sector, FIRST_SECTOR, NULL));
 }
 
+/* What the first sector holds now. */
+static int read_sector_co(struct ox_request *request, uint8_t *sector)
+{
+	struct iovec iov = {.iov_base = sector, .iov_len = FIRST_SECTOR};
+	struct list list = {.iov = &iov, .count = 1};
+	struct iovec part;
+	struct ox_request read = {
+	        .op = OX_IO_READ,
+	        .length = ox_min((uint64_t)FIRST_SECTOR, image_size(request->channel->image)),
+	        .channel = request->channel};
+
+	memset(sector, 0, FIRST_SECTOR);
+	return read_or_write_co(&read, &list, &part);
+}
+
 /* A write that touches the first sector of an image whose format was guessed.  A write of a part
  * of the sector (users of the image only: a disk's requests are whole sectors) is judged by what
  * the sector would hold afterwards. */
-static int guarded_write_co(struct ox_request *request, struct iovec *list)
+static int guarded_write_co(struct ox_request *request, struct iovec *guarded, struct iovec *part)
 {
-	struct ox_image_channel *channel = request->channel;
 	uint64_t bytes = ox_min(request->length, GUARD_COPY - request->offset);
-	uint8_t sector[FIRST_SECTOR];
 	OX_FREE uint8_t *copy = aligned_alloc(GUARD_COPY, GUARD_COPY);
-	struct ox_io *io = &request->io;
+	struct list list = {.iov = guarded, .count = 1};
+	uint8_t sector[FIRST_SECTOR];
 	int rc;
 
 	if (!copy)
 		return -ENOMEM;
 	ox_iov_to_buf(request->iov, request->iovcnt, 0, copy, bytes);
 	if (request->offset > 0 || bytes < FIRST_SECTOR) {
-		rc = ox_store_read_co(channel->store, 0, sector, sizeof(sector));
+		rc = read_sector_co(request, sector);
 		if (rc < 0)
 			return rc;
 	}
 	memcpy(sector + request->offset, copy, ox_min(bytes, FIRST_SECTOR - request->offset));
 	if (ox_image_first_sector_is_dangerous(sector, sizeof(sector))) {
-		say_refused(channel->image, sector);
+		say_refused(request->channel->image, sector);
 		return -EPERM;
 	}
 	/* The copied part from our memory, the rest from the guest's. */
-	list[0] = (struct iovec){.iov_base = copy, .iov_len = bytes};
-	io->iovcnt = 1;
+	guarded[0] = (struct iovec){.iov_base = copy, .iov_len = bytes};
 	if (request->length > bytes)
-		io->iovcnt += ox_iov_slice(request->iov, request->iovcnt, bytes,
-		                           request->length - bytes, list + 1);
-	io->iov = list;
-	io->op = OX_IO_WRITE;
-	io->flags = request->flags;
-	io->offset = request->offset;
-	io->length = request->length;
-	return ox_store_submit_co(channel->store, io);
+		list.count += ox_iov_slice(request->iov, request->iovcnt, bytes,
+		                           request->length - bytes, guarded + 1);
+	return read_or_write_co(request, &list, part);
 }
 
 static bool is_guarded(const struct ox_image *image, const struct ox_request *request)
@@ -170,26 +210,30 @@ static bool is_guarded(const struct ox_image *image, const struct ox_request *re
 	       request->offset < FIRST_SECTOR && request->length > 0;
 }
 
+static int slow_move_co(struct ox_request *request)
+{
+	/* One more than the guest's: the guard's copy in front. */
+	size_t entries = (size_t)request->iovcnt + 1;
+	OX_FREE struct iovec *lists = calloc(2 * entries, sizeof(*lists));
+	struct list list = {.iov = lists, .count = request->iovcnt};
+
+	if (!lists)
+		return -ENOMEM;
+	if (is_guarded(request->channel->image, request))
+		return guarded_write_co(request, lists, lists + entries);
+	memcpy(lists, request->iov, request->iovcnt * sizeof(*lists));
+	return read_or_write_co(request, &list, lists + entries);
+}
+
 static void slow_co(void *arg)
 {
 	struct ox_request *request = arg;
-	struct ox_image *image = request->channel->image;
-	struct iovec *list = NULL;
 	int rc;
 
-	if (request->op == OX_IO_READ || request->op == OX_IO_WRITE) {
-		/* One more than the guest's: the guard's copy in front. */
-		list = calloc((size_t)request->iovcnt + 1, sizeof(*list));
-		if (!list)
-			rc = -ENOMEM;
-		else if (is_guarded(image, request))
-			rc = guarded_write_co(request, list);
-		else
-			rc = read_or_write_co(request, list);
-	} else {
+	if (request->op == OX_IO_READ || request->op == OX_IO_WRITE)
+		rc = slow_move_co(request);
+	else
 		rc = clear_co(request);
-	}
-	free(list);
 	/* A format that cannot say where the bytes are has failed, not merely not looked. */
 	image_finish(request, rc == -EAGAIN ? -EIO : rc);
 }

@@ -88,6 +88,9 @@ struct ox_format_ops {
 	 * not in memory, ask map.  Any I/O thread. */
 	int (*lookup)(struct ox_image *image, uint64_t offset, uint64_t length,
 	              struct ox_extent *extent);
+	/* Optional: without it, what lookup calls ZERO cannot be written.  Makes a range of that
+	 * kind data that reads as zero; the caller looks again.  May block; any thread. */
+	int (*prepare)(struct ox_image *image, uint64_t offset, uint64_t length);
 	/* Required.  What is stored, for map and convert: as ox_store_status().  May block. */
 	int (*extents)(struct ox_image *image, uint64_t offset, uint64_t *length,
 	               enum ox_block_status *status);
