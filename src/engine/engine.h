@@ -45,20 +45,23 @@ struct ox_engine_op {
 	void (*done)(struct ox_engine_op *op);
 	struct ox_engine_op *next; /* the engine's, until done */
 	struct ox_engine *engine;  /* the engine's, until done */
+	void *waiter;              /* ox_engine_run_co()'s */
 };
 
 /* The table.  All members are called on the loop's thread and may not suspend. */
 struct ox_engine_ops {
 	enum ox_aio kind;
 	const char *name;
+	unsigned opcodes; /* bit 1 << OX_ENGINE_...: what it takes; the rest goes to threads */
 	/* Required.  Makes the engine's private state; an error here means "not available". */
 	int (*open)(struct ox_engine *engine, struct ox_error *err);
 	/* Required.  Nothing is in flight. */
 	void (*close)(struct ox_engine *engine);
-	/* Required.  Takes operations from the front of the list (linked by next, `count` of
-	 * them) and returns how many it took: fewer than `count` means "busy, ask again after a
-	 * completion".  What it takes it completes by ox_engine_complete(), at once or later. */
-	unsigned (*submit)(struct ox_engine *engine, struct ox_engine_op *first, unsigned count);
+	/* Required.  Takes operations from the front of a list of `count` (linked by next), moves
+	 * *first past them, and returns how many it took: fewer than `count` means "busy, ask
+	 * again after a completion".  What it takes it completes by ox_engine_complete(), at
+	 * once or later. */
+	unsigned (*submit)(struct ox_engine *engine, struct ox_engine_op **first, unsigned count);
 	/* Optional.  Completes what has finished, without a system call where that is possible;
 	 * returns how many. */
 	unsigned (*reap)(struct ox_engine *engine);
@@ -82,6 +85,7 @@ struct ox_engine {
 	unsigned pending;
 	unsigned in_flight;                           /* taken and not completed */
 	struct ox_engine_op *done_first, **done_last; /* completed, done() not yet called */
+	struct ox_engine_op *finished;                /* threads: a stack that workers push to */
 };
 
 /* The loop's engine of a kind, made if needed.  OX_AIO_AUTO is not a kind.  When the kernel or
@@ -99,7 +103,8 @@ void ox_engine_complete(struct ox_engine *engine, struct ox_engine_op *op);
 int ox_engine_register_file(struct ox_engine *engine, int fd);
 void ox_engine_unregister_file(struct ox_engine *engine, int file);
 
-/* Suspends the running fiber until the operation is done; returns op->result. */
+/* Suspends the running fiber until the operation is done (op->done is set here); returns
+ * op->result. */
 int64_t ox_engine_run_co(struct ox_engine *engine, struct ox_engine_op *op);
 
 /* May the kind be used here?  0, or -errno with the reason ("io_uring is disabled by

@@ -65,8 +65,8 @@ void ox_loop_call_fiber_co(struct ox_loop *target, void (*fn_co)(void *arg), voi
 int ox_worker_call_co(int (*fn)(void *arg), void *arg);
 
 /* Runs fn_co(arg) in a fiber of `loop` and returns when it has ended: for a thread that does
- * not run a loop (main() before and after the loop, tests).  If the loop is not running, it is
- * turned here until fn_co has ended. */
+ * not run a loop (main() before and after the loop, tests).  The loop, which does not run
+ * elsewhere, is turned here until fn_co has ended. */
 void ox_loop_run_fiber(struct ox_loop *loop, void (*fn_co)(void *arg), void *arg);
 
 /* --- descriptors ----------------------------------------------------------------------- */
