@@ -28,11 +28,12 @@ static void worker_finished(struct ox_engine_op *op)
 	struct ox_loop *loop = engine->loop;
 	struct ox_engine_op *head = __atomic_load_n(&engine->finished, __ATOMIC_RELAXED);
 
+	ox_loop_maker_enter(loop);
 	do {
 		op->next = head;
 	} while (!__atomic_compare_exchange_n(&engine->finished, &head, op, true, __ATOMIC_SEQ_CST,
 	                                      __ATOMIC_RELAXED));
-	ox_loop_wake(loop);
+	ox_loop_maker_leave(loop);
 }
 
 static unsigned threads_submit(struct ox_engine *engine, struct ox_engine_op **first,

@@ -131,7 +131,7 @@ void ox_loop_post(struct ox_loop *loop, struct ox_post *post)
 		post->next = head;
 	} while (!__atomic_compare_exchange_n(&loop->posted, &head, post, true, __ATOMIC_SEQ_CST,
 	                                      __ATOMIC_RELAXED));
-	ox_loop_wake(loop);
+	ox_loop_maker_leave(loop);
 }
 
 static bool run_posted(struct ox_loop *loop)
