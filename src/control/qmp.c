@@ -1,2 +1,225 @@
-/* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "control/qmp.h"
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * The control socket: listening, the list of clients, events, and the end.  A client is in
+ * qmp_session.c, what can be asked in qmp_commands.c.
+ *
+ * Everything here runs on the main loop's thread.  Accepting stops while there are
+ * MAX_SESSIONS clients, and for a second when the process is out of descriptors: a listening
+ * socket that cannot be served must not turn the loop.
+ */
+#include "control/qmp_internal.h"
+#include <errno.h>
+#include <oxbow/log.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+
+#define MAX_SESSIONS    64
+#define ACCEPT_AGAIN_NS 1000000000u
+
+static void on_connection(struct ox_watch *watch, uint32_t revents)
+{
+	struct ox_qmp *qmp = ox_container_of(watch, struct ox_qmp, listener);
+
+	while (qmp->session_count < MAX_SESSIONS) {
+		int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+		if (fd >= 0) {
+			ox_qmp_session_new(qmp, fd);
+			continue;
+		}
+		if (errno == EINTR || errno == ECONNABORTED)
+			continue;
+		if (errno != EAGAIN && errno != EWOULDBLOCK) {
+			ox_log(OX_LOG_WARNING, "%s: cannot accept a client: %s", qmp->path,
+			       strerror(errno));
+			ox_watch_modify(watch, 0);
+			ox_timer_arm(qmp->options.main, &qmp->accept_again, ACCEPT_AGAIN_NS);
+		}
+		return;
+	}
+	ox_watch_modify(watch, 0);
+}
+
+static void accept_again(struct ox_timer *timer)
+{
+	struct ox_qmp *qmp = ox_container_of(timer, struct ox_qmp, accept_again);
+
+	if (qmp->listener.loop)
+		ox_watch_modify(&qmp->listener, EPOLLIN);
+}
+
+void ox_qmp_session_freed(struct ox_qmp *qmp)
+{
+	if (qmp->session_count == MAX_SESSIONS - 1 && qmp->listener.loop)
+		ox_watch_modify(&qmp->listener, EPOLLIN);
+}
+
+void ox_qmp_event(struct ox_qmp *qmp, const char *name, json_t *data)
+{
+	struct qmp_session *session, *next;
+	struct timeval now;
+	json_t *event;
+
+	gettimeofday(&now, NULL);
+	event = json_pack("{s:{s:I, s:I}, s:s, s:o*}", "timestamp", "seconds",
+	                  (json_int_t)now.tv_sec, "microseconds", (json_int_t)now.tv_usec, "event",
+	                  name, "data", data);
+	if (!event)
+		return;
+	for (session = ox_qmp_session_next(qmp, NULL); session; session = next) {
+		next = ox_qmp_session_next(qmp, session);
+		if (ox_qmp_session_is_ready(session))
+			ox_qmp_session_send(session, event);
+	}
+	json_decref(event);
+}
+
+/* --- what happens to the disks ----------------------------------------------------------- */
+
+static uint64_t count_failed_reads(struct ox_disk *disk)
+{
+	struct ox_disk_stats *stats = ox_xcalloc(1, sizeof(*stats));
+	uint64_t failed;
+
+	ox_disk_get_stats(disk, stats);
+	failed = stats->op[OX_IO_READ].failed;
+	free(stats);
+	return failed;
+}
+
+/* QEMU's BLOCK_IO_ERROR.  The disk tells that something failed and not which request; whether it
+ * was a read shows in the counters. */
+static void send_io_error(struct qmp_disk *watched, const struct ox_disk_info *info, bool stopped)
+{
+	struct ox_disk *disk = watched->qmp->options.disks[watched->index];
+	uint64_t failed = count_failed_reads(disk);
+	bool read = !stopped && failed != watched->failed_reads;
+	bool nospace = stopped && info->stop_error == ENOSPC;
+	json_t *data;
+
+	watched->failed_reads = failed;
+	data = json_pack("{s:o, s:o, s:s, s:s, s:b}", "device", ox_qmp_text(info->name),
+	                 "node-name", ox_qmp_text(info->name), "operation", read ? "read" : "write",
+	                 "action", stopped ? "stop" : "report", "nospace", nospace);
+	if (data && stopped)
+		json_object_set_new(data, "reason", json_string(strerror(info->stop_error)));
+	ox_qmp_event(watched->qmp, "BLOCK_IO_ERROR", data);
+}
+
+static void on_disk_event(struct ox_disk_listener *listener, enum ox_disk_event event)
+{
+	struct qmp_disk *watched = ox_container_of(listener, struct qmp_disk, listener);
+	struct ox_disk_info info;
+
+	ox_disk_get_info(watched->qmp->options.disks[watched->index], &info);
+	switch (event) {
+	case OX_DISK_STOPPED:
+		send_io_error(watched, &info, true);
+		break;
+	case OX_DISK_IO_ERROR:
+		send_io_error(watched, &info, false);
+		break;
+	case OX_DISK_CONTINUED:
+		ox_qmp_event(watched->qmp, "RESUME",
+		             json_pack("{s:o}", "device", ox_qmp_text(info.name)));
+		break;
+	case OX_DISK_RESIZED:
+		ox_qmp_event(watched->qmp, "OXBOW_DISK_RESIZED",
+		             json_pack("{s:o, s:I}", "device", ox_qmp_text(info.name), "size",
+		                       (json_int_t)info.size));
+		break;
+	}
+}
+
+void ox_qmp_listen_to_disks(struct ox_qmp *qmp)
+{
+	qmp->disks = ox_xcalloc(qmp->options.count, sizeof(*qmp->disks));
+	for (unsigned i = 0; i < qmp->options.count; i++) {
+		qmp->disks[i].listener.fn = on_disk_event;
+		qmp->disks[i].qmp = qmp;
+		qmp->disks[i].index = i;
+		qmp->disks[i].failed_reads = count_failed_reads(qmp->options.disks[i]);
+		ox_disk_add_listener(qmp->options.disks[i], &qmp->disks[i].listener);
+	}
+}
+
+void ox_qmp_unlisten_to_disks(struct ox_qmp *qmp)
+{
+	for (unsigned i = 0; i < qmp->options.count; i++)
+		ox_disk_remove_listener(qmp->options.disks[i], &qmp->disks[i].listener);
+	free(qmp->disks);
+	qmp->disks = NULL;
+}
+
+/* --- beginning and end ------------------------------------------------------------------- */
+
+int ox_qmp_new(const struct ox_qmp_options *options, struct ox_qmp **out, struct ox_error *err)
+{
+	struct ox_qmp *qmp = ox_xcalloc(1, sizeof(*qmp));
+	struct stat st;
+	int ret;
+
+	qmp->options = *options;
+	qmp->path = ox_xstrdup(options->socket_path);
+	qmp->options.socket_path = qmp->path;
+	TAILQ_INIT(&qmp->sessions);
+	qmp->accept_again.fn = accept_again;
+	qmp->listener.fd = -1;
+	ret = ox_unix_listen(qmp->path, &qmp->listener.fd, err);
+	if (ret < 0)
+		goto fail;
+	if (lstat(qmp->path, &st) == 0) {
+		qmp->path_dev = st.st_dev;
+		qmp->path_ino = st.st_ino;
+	}
+	qmp->listener.events = EPOLLIN;
+	qmp->listener.fn = on_connection;
+	ret = ox_watch_add(options->main, &qmp->listener);
+	if (ret < 0) {
+		ox_error_set(err, -ret, "%s: cannot watch the socket: %s", qmp->path,
+		             strerror(-ret));
+		unlink(qmp->path);
+		goto fail;
+	}
+	ox_qmp_listen_to_disks(qmp);
+	*out = qmp;
+	return 0;
+fail:
+	if (qmp->listener.fd >= 0)
+		close(qmp->listener.fd);
+	free(qmp->path);
+	free(qmp);
+	return ret;
+}
+
+/* Another server may have put its socket in our place: then it stays. */
+static void remove_socket_file(const struct ox_qmp *qmp)
+{
+	struct stat st;
+
+	if (lstat(qmp->path, &st) == 0 && st.st_dev == qmp->path_dev && st.st_ino == qmp->path_ino)
+		unlink(qmp->path);
+}
+
+void ox_qmp_free_co(struct ox_qmp *qmp)
+{
+	struct qmp_session *session;
+
+	qmp->stopping = true;
+	ox_timer_cancel(&qmp->accept_again);
+	ox_watch_remove(&qmp->listener);
+	remove_socket_file(qmp);
+	close(qmp->listener.fd);
+	ox_qmp_unlisten_to_disks(qmp);
+	ox_qmp_event(qmp, "SHUTDOWN", json_pack("{s:b, s:s}", "guest", 0, "reason", "host-signal"));
+	while (qmp->running) {
+		qmp->waiter = ox_fiber_self();
+		ox_fiber_suspend();
+	}
+	while ((session = ox_qmp_session_next(qmp, NULL)))
+		ox_qmp_session_end_co(session);
+	free(qmp->path);
+	free(qmp);
+}
