@@ -213,7 +213,9 @@ void ox_qmp_free_co(struct ox_qmp *qmp)
 	remove_socket_file(qmp);
 	close(qmp->listener.fd);
 	ox_qmp_unlisten_to_disks(qmp);
-	ox_qmp_event(qmp, "SHUTDOWN", json_pack("{s:b, s:s}", "guest", 0, "reason", "host-signal"));
+	ox_qmp_event(qmp, "SHUTDOWN",
+	             json_pack("{s:b, s:s}", "guest", 0, "reason",
+	                       qmp->quit ? "host-qmp-quit" : "host-signal"));
 	while (qmp->running) {
 		qmp->waiter = ox_fiber_self();
 		ox_fiber_suspend();

@@ -30,6 +30,7 @@ struct ox_qmp {
 	unsigned session_count;
 	struct qmp_disk *disks;
 	bool stopping;
+	bool quit;               /* a client asked for the end */
 	unsigned running;        /* commands */
 	struct ox_fiber *waiter; /* ox_qmp_free_co, until running is 0 */
 };

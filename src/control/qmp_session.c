@@ -243,6 +243,7 @@ static void run_call_co(void *arg)
 	free(running);
 	/* Goes on with what the client sent meanwhile, or frees it. */
 	ox_loop_defer(qmp->options.main, &session->later);
+	qmp->quit |= quit;
 	if (quit)
 		qmp->options.quit(qmp->options.arg);
 	if (--qmp->running == 0 && qmp->waiter)
