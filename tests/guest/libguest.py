@@ -610,6 +610,10 @@ class Guest:
                              f'guest:\n{output[-1500:]}')
         return output
 
+    def verify(self, device, size='64m', **more):
+        """fio writes in random order and verifies; GuestError unless all of it did."""
+        fio_verified(self.check(fio_verify(device, size=size, **more)), size)
+
     def io_errors(self):
         """What the guest's kernel says about failed I/O: '' is good."""
         return self.run(r"dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|critical .* error"
@@ -659,20 +663,34 @@ def fio(device, rw='randwrite', bs='4k', size='64m', depth=16, name='io', **more
     """A fio command line for a guest."""
     words = ['fio', f'--name={name}', f'--filename={device}', '--ioengine=libaio', '--direct=1',
              f'--rw={rw}', f'--bs={bs}', f'--size={size}', f'--iodepth={depth}', '--thread',
-             '--randrepeat=0', '--group_reporting']
+             '--randrepeat=0', '--group_reporting', '--allow_mounted_write=1']
     words += [f'--{key}' if value is True else f'--{key}={value}' for key, value in more.items()]
     return ' '.join(words)
 
 
 def fio_verify(device, **more):
-    """Writes every block once in random order, and reads it all back at the end."""
-    return fio(device, verify='crc32c', do_verify=1, verify_fatal=1, **more)
+    """Writes every block once in random order, and reads it all back at the end.  Its output is
+    for fio_verified()."""
+    return fio(device, verify='crc32c', do_verify=1, verify_fatal=1, **more) \
+        + ' --output-format=json'
 
 
 def fio_result(output):
     """The first job of fio's --output-format=json (lines around it are fio's remarks)."""
-    start = output.index('{')
+    start = output.find('{')
+    if start < 0:
+        raise GuestError(f'fio gave no result:\n{output[-1500:]}')
     return json.loads(output[start:output.rindex('}') + 1])['jobs'][0]
+
+
+def fio_verified(output, size):
+    """fio's exit status can be 0 though it did nothing: it must have written (nearly; mixed
+    block sizes leave a rest) `size` and read as much back."""
+    job = fio_result(output)
+    written, read = job['write']['io_bytes'], job['read']['io_bytes']
+    if job['error'] or written < parse_size(size.upper()) * 0.95 or read < written:
+        raise GuestError(f"fio wrote {written} of {size} and verified {read} bytes, "
+                         f"error {job['error']}:\n{output[:output.index('{')][-1500:]}")
 
 
 # --- TAP ------------------------------------------------------------------------------------
