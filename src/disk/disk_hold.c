@@ -100,7 +100,9 @@ bool ox_disk_fail_request(struct ox_disk_queue *queue, struct ox_request *reques
 		*result = 0;
 		return false;
 	case OX_ON_ERROR_STOP:
-		report(disk, request, error, "held and tried again until it succeeds");
+		/* A second try that fails is no news. */
+		if (!(request->disk_phase & OX_PHASE_RETRY))
+			report(disk, request, error, "held and tried again until it succeeds");
 		put_on_hold(queue, request);
 		if (!__atomic_exchange_n(&disk->stopped, true, __ATOMIC_RELAXED))
 			__atomic_store_n(&disk->stop_error, error, __ATOMIC_RELAXED);
@@ -231,7 +233,7 @@ static void answer_posted(struct ox_post *post)
 	if (disk->closing)
 		return;
 	forget_stop(disk);
-	ox_log(OX_LOG_INFO, "%s: goes on, what was held has succeeded", disk->name);
+	ox_log(OX_LOG_INFO, "%s: goes on, nothing fails any more", disk->name);
 	for (unsigned i = 0; i < disk->queue_count; i++)
 		ox_loop_post(disk->queues[i].loop, &disk->queues[i].release_post);
 	ox_disk_notify(disk, OX_DISK_CONTINUED);
