@@ -417,10 +417,10 @@ static void test_stack_is_large(void **state)
 static void overflow_handler(int signal, siginfo_t *info, void *context)
 {
 	char *fiber = (char *)self_seen;
-	char *end = fiber - OX_FIBER_STACK; /* a little below the stack's lowest byte at most */
+	char *end = fiber - OX_FIBER_STACK; /* below the lowest byte by less than the struct */
 	char *fault = info->si_addr;
 
-	_exit(fault < end + 4096 && fault > end - 2 * sysconf(_SC_PAGESIZE) ? 42 : 43);
+	_exit(fault < end + 8192 && fault > end - 2 * sysconf(_SC_PAGESIZE) ? 42 : 43);
 }
 
 static void overflow(void *arg)
