@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * Listening Unix sockets: whose socket file is it?
+ *
+ * A process that was killed leaves its socket file behind, and bind() refuses the name then.
+ * connect() tells the two cases apart: it is refused if nobody listens.  The file is removed only
+ * after that, and at the end only if it is the very inode that our bind() made: another process
+ * may have replaced it meanwhile.
+ */
+#include "export/listen.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#define BACKLOG 16
+
+static int make_address(const char *path, struct sockaddr_un *address, struct ox_error *err)
+{
+	size_t length = strlen(path);
+
+	memset(address, 0, sizeof(*address));
+	address->sun_family = AF_UNIX;
+	if (!length || length >= sizeof(address->sun_path))
+		return ox_error_set(err, ENAMETOOLONG,
+		                    "%s: a socket's path has 1 to %zu bytes, this one has %zu",
+		                    path, sizeof(address->sun_path) - 1, length);
+	memcpy(address->sun_path, path, length);
+	return 0;
+}
+
+/* Removes a socket file that nobody listens on. */
+static int remove_stale(const struct sockaddr_un *address, struct ox_error *err)
+{
+	OX_CLOSE int fd = -1;
+	struct stat st;
+
+	if (lstat(address->sun_path, &st) < 0)
+		return errno == ENOENT ? 0
+		                       : ox_error_set(err, errno, "%s: %s", address->sun_path,
+		                                      strerror(errno));
+	if (!S_ISSOCK(st.st_mode))
+		return ox_error_set(err, EEXIST,
+		                    "%s: exists and is not a socket; choose another path or remove "
+		                    "it",
+		                    address->sun_path);
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return ox_error_set(err, errno, "socket: %s", strerror(errno));
+	if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 ||
+	    errno == EAGAIN || errno == EINPROGRESS)
+		return ox_error_set(err, EADDRINUSE,
+		                    "%s: another process listens there; stop it or choose another "
+		                    "path",
+		                    address->sun_path);
+	if (errno != ECONNREFUSED)
+		return ox_error_set(err, errno, "%s: in the way, and connecting to it failed: %s",
+		                    address->sun_path, strerror(errno));
+	if (unlink(address->sun_path) < 0 && errno != ENOENT)
+		return ox_error_set(err, errno, "%s: cannot remove the old socket: %s",
+		                    address->sun_path, strerror(errno));
+	return 0;
+}
+
+int ox_unix_listen(const char *path, struct ox_unix_listener *listener, struct ox_error *err)
+{
+	OX_CLOSE int fd = -1;
+	struct sockaddr_un address;
+	struct stat st;
+	int rc = make_address(path, &address, err);
+
+	if (rc < 0)
+		return rc;
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return ox_error_set(err, errno, "socket: %s", strerror(errno));
+	/* The file takes its mode from the socket (less the umask): never open to everybody, not
+	 * even between bind() and a chmod(). */
+	if (fchmod(fd, 0660) < 0)
+		return ox_error_set(err, errno, "%s: %s", path, strerror(errno));
+	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+		if (errno != EADDRINUSE)
+			return ox_error_set(err, errno, "%s: cannot make the socket: %s", path,
+			                    strerror(errno));
+		rc = remove_stale(&address, err);
+		if (rc < 0)
+			return rc;
+		if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
+			return ox_error_set(err, errno, "%s: cannot make the socket: %s", path,
+			                    strerror(errno));
+	}
+	if (lstat(path, &st) < 0 || listen(fd, BACKLOG) < 0) {
+		ox_error_set(err, errno, "%s: cannot listen: %s", path, strerror(errno));
+		unlink(path);
+		return -err->code;
+	}
+	*listener = (struct ox_unix_listener){.fd = ox_steal_fd(&fd),
+	                                      .path = ox_xstrdup(path),
+	                                      .dev = st.st_dev,
+	                                      .ino = st.st_ino};
+	return 0;
+}
+
+int ox_unix_socket_is_listening(int fd, struct ox_error *err)
+{
+	int value = 0, domain = 0, type = 0;
+	socklen_t size = sizeof(value);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0 ||
+	    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) < 0 ||
+	    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) < 0)
+		return ox_error_set(err, errno, "descriptor %d is not a socket: %s", fd,
+		                    strerror(errno));
+	if (domain != AF_UNIX || type != SOCK_STREAM)
+		return ox_error_set(err, EINVAL, "descriptor %d is not a Unix stream socket", fd);
+	return value != 0;
+}
+
+int ox_unix_listen_fd(int fd, struct ox_unix_listener *listener, struct ox_error *err)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ||
+	    fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)
+		return ox_error_set(err, errno, "descriptor %d: %s", fd, strerror(errno));
+	*listener = (struct ox_unix_listener){.fd = fd};
+	return 0;
+}
+
+void ox_unix_listener_close(struct ox_unix_listener *listener)
+{
+	struct stat st;
+
+	if (listener->path) {
+		if (lstat(listener->path, &st) == 0 && st.st_dev == listener->dev &&
+		    st.st_ino == listener->ino)
+			unlink(listener->path);
+		free(listener->path);
+		listener->path = NULL;
+	}
+	if (listener->fd >= 0)
+		close(listener->fd);
+	listener->fd = -1;
+}
