@@ -93,9 +93,10 @@ int ox_unix_listen(const char *path, struct ox_unix_listener *listener, struct o
 			                    strerror(errno));
 	}
 	if (lstat(path, &st) < 0 || listen(fd, BACKLOG) < 0) {
-		ox_error_set(err, errno, "%s: cannot listen: %s", path, strerror(errno));
+		int code = errno;
+
 		unlink(path);
-		return -err->code;
+		return ox_error_set(err, code, "%s: cannot listen: %s", path, strerror(code));
 	}
 	*listener = (struct ox_unix_listener){.fd = ox_steal_fd(&fd),
 	                                      .path = ox_xstrdup(path),
