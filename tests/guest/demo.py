@@ -16,7 +16,7 @@ import time
 import kit
 from libguest import (BUILD, OXBOW, Guest, GuestError, OxbowServer, QemuDisk, VhostDisk, Workspace,
                       accelerator, fio, fio_result, fio_verified,
-                      fio_verify, wait_for)
+                      fio_verify)
 
 GIB = 1 << 30
 # The file system takes the first GiB of each disk; the second one is fio's.
@@ -94,20 +94,11 @@ def read_tree(guest):
     return dict(reversed(line.split(None, 1)) for line in output.splitlines())
 
 
-def writes_done(guest):
-    return int(guest.check('cat /sys/block/vda/stat').split()[4])
-
-
 def kill_under_load(guest, server, kills):
     """Verified writes while the server is killed and started again."""
     job = guest.start(fio_verify('/dev/vda', size='128m', depth=32, rate_iops=',6000', **RAW))
     for number in range(kills):
-        before = writes_done(guest)
-        wait_for(lambda before=before: job.done() or writes_done(guest) > before + 2000,
-                 'writes in the guest')
-        if job.done():
-            guest.check_job(job)
-            raise GuestError('the writes ended before the server could be killed')
+        guest.wait_writes(2000, job)
         server.kill()
         time.sleep(0.2 * number)
         server.start()

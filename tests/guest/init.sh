@@ -25,8 +25,8 @@ while read -r module; do
 	insmod "/modules/$module" 2>/dev/null
 done </modules/list
 
-# New memory is put to use at once.
-echo online >/sys/devices/system/memory/auto_online_blocks 2>/dev/null
+# New memory is put to use at once, and so that it can be taken away again.
+echo online_movable >/sys/devices/system/memory/auto_online_blocks 2>/dev/null
 
 echo "oxbow-guest: up $(cut -d' ' -f1 /proc/uptime)"
 case " $(cat /proc/cmdline) " in

@@ -89,8 +89,14 @@ class Workspace:
         self.logs = keep_logs or os.path.join(BUILD, 'guest', 'logs', name)
         shutil.rmtree(self.logs, ignore_errors=True)
         os.makedirs(self.logs)
-        os.makedirs(os.path.join(BUILD, 'guest', 'tmp'), exist_ok=True)
-        self.folder = tempfile.mkdtemp(prefix=name + '.', dir=os.path.join(BUILD, 'guest', 'tmp'))
+        parent = os.path.join(BUILD, 'guest', 'tmp')
+        os.makedirs(parent, exist_ok=True)
+        # What a killed test left: images are big.
+        for old in os.listdir(parent):
+            pid = old.split('.')[1] if old.count('.') >= 2 else ''
+            if pid.isdigit() and not os.path.exists(f'/proc/{pid}'):
+                shutil.rmtree(os.path.join(parent, old), ignore_errors=True)
+        self.folder = tempfile.mkdtemp(prefix=f'{name}.{os.getpid()}.', dir=parent)
         self.sockets = tempfile.mkdtemp(prefix='oxbow.')
         self.things = []
         self.undo = []
@@ -613,6 +619,21 @@ class Guest:
     def verify(self, device, size='64m', **more):
         """fio writes in random order and verifies; GuestError unless all of it did."""
         fio_verified(self.check(fio_verify(device, size=size, **more)), size)
+
+    def writes_done(self, device='vda'):
+        return int(self.check(f'cat /sys/block/{device}/stat').split()[4])
+
+    def wait_writes(self, count, job=None, device='vda'):
+        """Waits until `count` more writes have completed, while a job runs.  GuestError when
+        the job ends before."""
+        before = self.writes_done(device)
+
+        def reached():
+            if job and job.done():
+                self.check_job(job)
+                raise GuestError('the writes ended too early for this test')
+            return self.writes_done(device) >= before + count
+        wait_for(reached, f'{count} writes in the guest')
 
     def io_errors(self):
         """What the guest's kernel says about failed I/O: '' is good."""
