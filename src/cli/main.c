@@ -17,13 +17,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* A subcommand's file adds itself by being linked: the ones that are not in src/cli/meson.build
- * are not in the program. */
-#pragma weak ox_command_create
-#pragma weak ox_command_info
-#pragma weak ox_command_resize
-#pragma weak ox_command_serve
-
 static const struct ox_command *const commands[] = {
         &ox_command_create,
         &ox_command_info,
@@ -36,7 +29,7 @@ static const char back_end_name[] = "oxbow-vhost-user-blk";
 static const struct ox_command *find_command(const char *name)
 {
 	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
-		if (commands[i] && !strcmp(commands[i]->name, name))
+		if (!strcmp(commands[i]->name, name))
 			return commands[i];
 	}
 	return NULL;
@@ -48,10 +41,8 @@ static int unknown_command(const char *name)
 	const char *nearest;
 	unsigned count = 0;
 
-	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
-		if (commands[i])
-			names[count++] = commands[i]->name;
-	}
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++)
+		names[count++] = commands[i]->name;
 	names[count++] = "help";
 	names[count] = NULL;
 	nearest = ox_nearest_word(name, names);
@@ -68,10 +59,8 @@ static void print_overview(void)
 	      "\n"
 	      "Subcommands:\n",
 	      stdout);
-	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++) {
-		if (commands[i])
-			printf("  %-8s  %s\n", commands[i]->name, commands[i]->summary);
-	}
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(commands); i++)
+		printf("  %-8s  %s\n", commands[i]->name, commands[i]->summary);
 	fputs("  help      show this, or a subcommand's help (oxbow help SUBCOMMAND)\n"
 	      "\n"
 	      "Other forms:\n"
@@ -136,8 +125,8 @@ static int run(int argc, char **argv)
 {
 	const struct ox_command *command;
 
-	if (argc > 0 && !strcmp(basename(argv[0]), back_end_name) && find_command("serve"))
-		return run_command(find_command("serve"), argc, argv);
+	if (argc > 0 && !strcmp(basename(argv[0]), back_end_name))
+		return run_command(&ox_command_serve, argc, argv);
 	if (argc < 2)
 		return ox_cli_failf("a subcommand is missing; 'oxbow help' lists them");
 	if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")) {

@@ -167,7 +167,7 @@ int ox_qmp_new(const struct ox_qmp_options *options, struct ox_qmp **out, struct
 	TAILQ_INIT(&qmp->sessions);
 	qmp->accept_again.fn = accept_again;
 	qmp->listener.fd = -1;
-	ret = ox_unix_listen(qmp->path, &qmp->listener.fd, err);
+	ret = ox_control_listen(qmp->path, &qmp->listener.fd, err);
 	if (ret < 0)
 		goto fail;
 	if (lstat(qmp->path, &st) == 0) {

@@ -83,8 +83,8 @@ void ox_qmp_session_freed(struct ox_qmp *qmp);
 
 /* A listening AF_UNIX stream socket of mode 0600; a stale file of a dead program is replaced, one
  * that something listens on is an error (EADDRINUSE). */
-int ox_unix_listen(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
+int ox_control_listen(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
 /* Connects; -ECONNREFUSED: the file is stale. */
-int ox_unix_connect(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
+int ox_control_connect(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
 
 #endif

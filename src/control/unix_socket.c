@@ -32,7 +32,7 @@ static int fill_address(struct sockaddr_un *address, const char *path, struct ox
 	return 0;
 }
 
-int ox_unix_connect(const char *path, int *fd, struct ox_error *err)
+int ox_control_connect(const char *path, int *fd, struct ox_error *err)
 {
 	struct sockaddr_un address;
 	OX_CLOSE int s = -1;
@@ -76,7 +76,7 @@ static int remove_stale(const char *path, struct ox_error *err)
 		                       : ox_error_set(err, errno, "%s: %s", path, strerror(errno));
 	if (!S_ISSOCK(st.st_mode))
 		return ox_error_set(err, EEXIST, "%s exists and is not a socket", path);
-	ret = ox_unix_connect(path, &fd, NULL);
+	ret = ox_control_connect(path, &fd, NULL);
 	if (fd >= 0)
 		close(fd);
 	if (ret != -ECONNREFUSED)
@@ -89,7 +89,7 @@ static int remove_stale(const char *path, struct ox_error *err)
 	return 0;
 }
 
-int ox_unix_listen(const char *path, int *fd, struct ox_error *err)
+int ox_control_listen(const char *path, int *fd, struct ox_error *err)
 {
 	struct sockaddr_un address;
 	OX_CLOSE int s = -1, dir = -1;

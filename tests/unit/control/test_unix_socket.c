@@ -37,7 +37,7 @@ static void test_mode(void **state)
 	struct stat st;
 	int fd;
 
-	assert_int_equal(ox_unix_listen(path, &fd, NULL), 0);
+	assert_int_equal(ox_control_listen(path, &fd, NULL), 0);
 	umask(mask);
 	assert_int_equal(stat(path, &st), 0);
 	assert_true(S_ISSOCK(st.st_mode));
@@ -49,11 +49,11 @@ static void test_stale(void **state)
 {
 	int first, second, client;
 
-	assert_int_equal(ox_unix_listen(path, &first, NULL), 0);
+	assert_int_equal(ox_control_listen(path, &first, NULL), 0);
 	close(first);
-	assert_int_equal(ox_unix_connect(path, &client, NULL), -ECONNREFUSED);
-	assert_int_equal(ox_unix_listen(path, &second, NULL), 0);
-	assert_int_equal(ox_unix_connect(path, &client, NULL), 0);
+	assert_int_equal(ox_control_connect(path, &client, NULL), -ECONNREFUSED);
+	assert_int_equal(ox_control_listen(path, &second, NULL), 0);
+	assert_int_equal(ox_control_connect(path, &client, NULL), 0);
 	close(client);
 	close(second);
 }
@@ -63,11 +63,11 @@ static void test_in_use(void **state)
 	struct ox_error err = {0};
 	int first, second = -1, client;
 
-	assert_int_equal(ox_unix_listen(path, &first, NULL), 0);
-	assert_int_equal(ox_unix_listen(path, &second, &err), -EADDRINUSE);
+	assert_int_equal(ox_control_listen(path, &first, NULL), 0);
+	assert_int_equal(ox_control_listen(path, &second, &err), -EADDRINUSE);
 	assert_non_null(strstr(err.text, path));
 	/* And it still works. */
-	assert_int_equal(ox_unix_connect(path, &client, NULL), 0);
+	assert_int_equal(ox_control_connect(path, &client, NULL), 0);
 	close(client);
 	close(first);
 }
@@ -81,7 +81,7 @@ static void test_not_a_socket(void **state)
 	assert_true(fd >= 0);
 	assert_int_equal(write(fd, "precious", 8), 8);
 	close(fd);
-	assert_int_equal(ox_unix_listen(path, &fd, &err), -EEXIST);
+	assert_int_equal(ox_control_listen(path, &fd, &err), -EEXIST);
 	assert_int_equal(stat(path, &st), 0);
 	assert_int_equal(st.st_size, 8);
 }
@@ -94,12 +94,12 @@ static void test_bad_paths(void **state)
 
 	memset(longest, 'x', sizeof(longest) - 1);
 	longest[sizeof(longest) - 1] = '\0';
-	assert_int_equal(ox_unix_listen(longest, &fd, &err), -ENAMETOOLONG);
+	assert_int_equal(ox_control_listen(longest, &fd, &err), -ENAMETOOLONG);
 	assert_non_null(strstr(err.text, "107"));
 	ox_error_clear(&err);
-	assert_int_equal(ox_unix_listen("", &fd, &err), -EINVAL);
+	assert_int_equal(ox_control_listen("", &fd, &err), -EINVAL);
 	ox_error_clear(&err);
-	assert_int_equal(ox_unix_listen("/nowhere/at/all", &fd, &err), -ENOENT);
+	assert_int_equal(ox_control_listen("/nowhere/at/all", &fd, &err), -ENOENT);
 	assert_non_null(strstr(err.text, "/nowhere/at/all"));
 }
 
@@ -116,8 +116,8 @@ static void test_run_dir(void **state)
 	assert_string_equal(run, dir);
 	snprintf(file, sizeof(file), "%s/%d.qmp", dir, (int)pid);
 	snprintf(own, sizeof(own), "%s/%d.qmp", dir, (int)getpid());
-	assert_int_equal(ox_unix_listen(file, &dead, NULL), 0);
-	assert_int_equal(ox_unix_listen(own, &mine, NULL), 0);
+	assert_int_equal(ox_control_listen(file, &dead, NULL), 0);
+	assert_int_equal(ox_control_listen(own, &mine, NULL), 0);
 	/* Somebody listens: in another PID namespace, perhaps. */
 	ox_run_dir_clean();
 	assert_int_equal(access(file, F_OK), 0);
