@@ -100,7 +100,7 @@ struct ox_dirty_log *ox_dirty_log_get(struct ox_dirty_log *log);
 void ox_dirty_log_put(struct ox_dirty_log *log);
 void ox_dirty_log_mark(struct ox_dirty_log *log, uint64_t guest_addr, uint64_t length);
 
-/* Installs the SIGBUS handler once a process. */
+/* Installs the SIGBUS handler; any number of times, before the first mapping. */
 void ox_memory_install_sigbus(void);
 
 #endif

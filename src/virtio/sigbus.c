@@ -81,11 +81,8 @@ static void sigbus_handle(int signal, siginfo_t *info, void *context)
 
 void ox_memory_install_sigbus(void)
 {
-	static bool installed;
 	struct sigaction action = {.sa_sigaction = sigbus_handle, .sa_flags = SA_SIGINFO};
 
-	if (__atomic_exchange_n(&installed, true, __ATOMIC_ACQ_REL))
-		return;
 	sigemptyset(&action.sa_mask);
 	sigaction(SIGBUS, &action, NULL);
 }
