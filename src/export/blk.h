@@ -34,9 +34,13 @@ uint64_t ox_blk_features(const struct ox_disk_info *info);
 /* `writeback`: the write-cache byte. */
 void ox_blk_config_fill(const struct ox_disk_info *info, uint16_t queues, bool writeback,
                         uint8_t config[OX_BLK_CONFIG_BYTES]);
-/* A front end's access to `size` bytes at `offset`: what lies outside reads as zero.  An offset
- * of 0x100 and above counts from there, because front ends made after virtio-mmio put the
- * device's configuration there (Cloud Hypervisor). */
+/* Where in the space a front end means.  0x100 and above counts from there: front ends made after
+ * virtio-mmio put the device's configuration there (Cloud Hypervisor). */
+static inline uint32_t ox_blk_config_offset(uint32_t offset)
+{
+	return offset >= 0x100 ? offset - 0x100 : offset;
+}
+/* A front end's access to `size` bytes at `offset`: what lies outside reads as zero. */
 void ox_blk_config_read(const uint8_t config[OX_BLK_CONFIG_BYTES], uint32_t offset, uint32_t size,
                         uint8_t *out);
 

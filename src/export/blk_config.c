@@ -37,9 +37,6 @@ enum {
 	CFG_ERASE_ALIGNMENT = 68,
 };
 
-/* Configuration begins here for front ends that think of virtio-mmio. */
-#define MMIO_CONFIG_OFFSET 0x100u
-
 static uint32_t range_sectors(const struct ox_disk_info *info, uint64_t max_bytes)
 {
 	uint64_t max = RANGE_SECTORS_MAX;
@@ -123,8 +120,7 @@ void ox_blk_config_fill(const struct ox_disk_info *info, uint16_t queues, bool w
 void ox_blk_config_read(const uint8_t config[OX_BLK_CONFIG_BYTES], uint32_t offset, uint32_t size,
                         uint8_t *out)
 {
-	if (offset >= MMIO_CONFIG_OFFSET)
-		offset -= MMIO_CONFIG_OFFSET;
+	offset = ox_blk_config_offset(offset);
 	memset(out, 0, size);
 	if (offset < OX_BLK_CONFIG_BYTES)
 		memcpy(out, config + offset, ox_min(size, OX_BLK_CONFIG_BYTES - offset));

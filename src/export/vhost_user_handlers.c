@@ -414,7 +414,7 @@ static int get_config(struct ox_vu_session *s, struct ox_error *err)
 static int set_config(struct ox_vu_session *s, struct ox_error *err)
 {
 	const struct ox_vu_message *m = &s->message;
-	uint32_t offset = m->config.offset % 0x100; /* as ox_blk_config_read() */
+	uint32_t offset = ox_blk_config_offset(m->config.offset);
 	bool migration = m->config.flags == CONFIG_FLAG_MIGRATION;
 	bool covers = offset <= OX_BLK_CONFIG_WCE_OFFSET &&
 	              m->config.size > OX_BLK_CONFIG_WCE_OFFSET - offset;

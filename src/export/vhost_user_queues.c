@@ -82,25 +82,23 @@ static void apply_cache(struct ox_vu_session *s)
 
 	if (s->features_set && !guest_can_flush(s))
 		ox_disk_set_writeback(device->disk, false);
-	else if (device->cache_choice == OX_VU_CACHE_DEFAULT)
-		ox_disk_reset_writeback(device->disk);
+	else if (device->cache_off)
+		ox_disk_set_writeback(device->disk, false);
 	else
-		ox_disk_set_writeback(device->disk, device->cache_choice == OX_VU_CACHE_ON);
+		ox_disk_reset_writeback(device->disk);
 }
 
 bool ox_vu_cache_shown(const struct ox_vu_session *s)
 {
 	struct ox_disk_info info;
 
-	if (s->device->cache_choice != OX_VU_CACHE_DEFAULT)
-		return s->device->cache_choice == OX_VU_CACHE_ON;
 	ox_disk_get_info(s->device->disk, &info);
-	return !ox_cache_is_writethrough(info.cache);
+	return !s->device->cache_off && !ox_cache_is_writethrough(info.cache);
 }
 
 void ox_vu_cache_choose(struct ox_vu_session *s, bool on)
 {
-	s->device->cache_choice = on ? OX_VU_CACHE_ON : OX_VU_CACHE_OFF;
+	s->device->cache_off = !on;
 	s->cache_unseen = false;
 	apply_cache(s);
 }
@@ -110,7 +108,7 @@ void ox_vu_cache_seen(struct ox_vu_session *s)
 	if (!s->cache_unseen || ox_vu_queues_busy(s))
 		return;
 	s->cache_unseen = false;
-	s->device->cache_choice = OX_VU_CACHE_DEFAULT;
+	s->device->cache_off = false;
 	apply_cache(s);
 }
 

@@ -7,9 +7,6 @@
 
 #include "disk/disk.h"
 
-/* What the client's guest did with the write-cache switch. */
-enum ox_vu_cache_choice { OX_VU_CACHE_DEFAULT, OX_VU_CACHE_OFF, OX_VU_CACHE_ON };
-
 /* The device that an export offers, one client after the other. */
 struct ox_vu_device {
 	struct ox_disk *disk;
@@ -19,8 +16,8 @@ struct ox_vu_device {
 	struct ox_loop *main;
 	struct ox_loop **loops;
 	unsigned loop_count;
-	/* The guest's switch outlives a connection: see vhost_user_queues.c. */
-	enum ox_vu_cache_choice cache_choice;
+	/* The guest switched the write cache off.  Outlives a connection: vhost_user_queues.c. */
+	bool cache_off;
 };
 
 struct ox_vu_session;
