@@ -150,16 +150,17 @@ static int run(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-	int status;
+	int status, broken;
 
 	/* A reader that went away is an error of the write, which is checked. */
 	signal(SIGPIPE, SIG_IGN);
 	status = run(argc, argv);
+	broken = ferror(stdout);
 	errno = 0;
-	if (ferror(stdout) | fclose(stdout)) {
-		if (errno)
-			return ox_cli_failf("cannot write to standard output: %s", strerror(errno));
-		return ox_cli_failf("cannot write to standard output");
-	}
+	broken |= fclose(stdout);
+	/* A failure has been told already, perhaps this very one. */
+	if (broken && status == 0)
+		return ox_cli_failf("cannot write to standard output%s%s", errno ? ": " : "",
+		                    errno ? strerror(errno) : "");
 	return status;
 }

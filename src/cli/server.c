@@ -40,7 +40,8 @@ struct server {
 	unsigned disk_count, export_count;
 	struct ox_qmp *control, *run_control; /* NULL: none */
 	struct ox_watch signals;
-	bool signals_blocked, stopping;
+	bool stopping;
+	struct ox_post stop_post;
 	unsigned exports_stopping;
 	struct ox_fiber *stopper; /* waits for exports_stopping to fall to 0 */
 };
@@ -104,6 +105,17 @@ static void stop_signals(sigset_t *set)
 	sigaddset(set, SIGINT);
 }
 
+static void begin_stop(struct ox_post *post)
+{
+	struct server *server = ox_container_of(post, struct server, stop_post);
+
+	if (ox_fiber_start(stop_co, server) < 0) {
+		ox_log(OX_LOG_ERROR, "no memory to stop with; a second signal ends at once");
+		server->stopping = false;
+	}
+}
+
+/* From the next turn of the main loop on: who asks may be a part of what is taken down. */
 static void request_stop(void *arg)
 {
 	struct server *server = arg;
@@ -111,10 +123,8 @@ static void request_stop(void *arg)
 	if (server->stopping)
 		return;
 	server->stopping = true;
-	if (ox_fiber_start(stop_co, server) < 0) {
-		ox_log(OX_LOG_ERROR, "no memory to stop with; a second signal ends at once");
-		server->stopping = false;
-	}
+	server->stop_post.fn = begin_stop;
+	ox_loop_post(server->main, &server->stop_post);
 }
 
 static void on_signal(struct ox_watch *watch, uint32_t revents)
@@ -343,18 +353,35 @@ static int say_ready(const struct server *server, struct ox_error *err)
 	return 0;
 }
 
+/* What has sessions needs the loop around it. */
+struct open_sockets {
+	struct server *server;
+	struct ox_error *err;
+	int ret;
+};
+
+static void open_sockets_co(void *arg)
+{
+	struct open_sockets *open = arg;
+
+	open->ret = open_exports(open->server, open->err);
+	if (open->ret == 0)
+		open->ret = open_control(open->server, open->err);
+}
+
 static int start(struct server *server, struct ox_error *err)
 {
+	struct open_sockets open = {server, err, 0};
 	int ret = start_threads(server, err);
 
 	if (ret == 0)
-		ret = watch_signals(server, err);
-	if (ret == 0)
 		ret = open_disks(server, err);
+	if (ret == 0) {
+		ox_loop_run_fiber(server->main, open_sockets_co, &open);
+		ret = open.ret;
+	}
 	if (ret == 0)
-		ret = open_exports(server, err);
-	if (ret == 0)
-		ret = open_control(server, err);
+		ret = watch_signals(server, err);
 	if (ret == 0)
 		ret = say_ready(server, err);
 	return ret;
@@ -375,7 +402,8 @@ int ox_server_run(const struct ox_serve_config *config, struct ox_error *err)
 	ret = start(&server, err);
 	if (ret == 0)
 		ox_loop_run(server.main);
-	else if (server.main)
+	server.stopping = true;
+	if (ret < 0 && server.main)
 		ox_loop_run_fiber(server.main, stop_co, &server);
 
 	for (unsigned i = 0; i < server.export_count; i++)

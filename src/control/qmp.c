@@ -17,6 +17,7 @@
 
 #define MAX_SESSIONS    64
 #define ACCEPT_AGAIN_NS 1000000000u
+#define END_WAIT_NS     1000000000u /* for answers that a client has not read */
 
 static void on_connection(struct ox_watch *watch, uint32_t revents)
 {
@@ -206,6 +207,7 @@ static void remove_socket_file(const struct ox_qmp *qmp)
 void ox_qmp_free_co(struct ox_qmp *qmp)
 {
 	struct qmp_session *session;
+	uint64_t deadline;
 
 	qmp->stopping = true;
 	ox_timer_cancel(&qmp->accept_again);
@@ -220,8 +222,10 @@ void ox_qmp_free_co(struct ox_qmp *qmp)
 		qmp->waiter = ox_fiber_self();
 		ox_fiber_suspend();
 	}
+	/* One moment for all clients together: disks wait to be flushed. */
+	deadline = ox_clock_ns() + END_WAIT_NS;
 	while ((session = ox_qmp_session_next(qmp, NULL)))
-		ox_qmp_session_end_co(session);
+		ox_qmp_session_end_co(session, deadline);
 	free(qmp->path);
 	free(qmp);
 }

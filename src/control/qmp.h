@@ -17,7 +17,8 @@ struct ox_qmp_options {
 	struct ox_disk **disks;
 	struct ox_export **exports;
 	unsigned count;
-	/* "quit" was asked for: called on main's thread, once the answer is on its way. */
+	/* "quit" was asked for: called on main's thread, once the answer is on its way.  It may not
+	 * end the server before it has returned to the loop. */
 	void (*quit)(void *arg);
 	void *arg;
 };

@@ -76,8 +76,8 @@ void ox_qmp_session_new(struct ox_qmp *qmp, int fd);
 void ox_qmp_session_send(struct qmp_session *session, const json_t *message);
 bool ox_qmp_session_is_ready(const struct qmp_session *session);
 struct qmp_session *ox_qmp_session_next(struct ox_qmp *qmp, struct qmp_session *session);
-/* Sends what is left, for a moment, and frees it. In a fiber; no command runs. */
-void ox_qmp_session_end_co(struct qmp_session *session);
+/* Sends what is left, until CLOCK_MONOTONIC is `deadline`, and frees it.  No command runs. */
+void ox_qmp_session_end_co(struct qmp_session *session, uint64_t deadline);
 /* A session was freed: there is room for another. */
 void ox_qmp_session_freed(struct ox_qmp *qmp);
 

@@ -21,7 +21,6 @@
 
 #define MAX_OUTPUT   (4u * 1024 * 1024) /* bytes */
 #define PAUSE_OUTPUT (64u * 1024)
-#define END_WAIT_NS  1000000000
 
 struct qmp_session {
 	struct ox_qmp *qmp;
@@ -517,12 +516,15 @@ void ox_qmp_session_new(struct ox_qmp *qmp, int fd)
 	json_decref(greeting);
 }
 
-void ox_qmp_session_end_co(struct qmp_session *session)
+void ox_qmp_session_end_co(struct qmp_session *session, uint64_t deadline)
 {
 	ox_watch_remove(&session->watch);
 	flush_output(session);
 	while (!session->gone && output_waiting(session)) {
-		if (ox_wait_fd_co(session->watch.fd, EPOLLOUT, END_WAIT_NS) < 0)
+		uint64_t now = ox_clock_ns();
+
+		if (now >= deadline ||
+		    ox_wait_fd_co(session->watch.fd, EPOLLOUT, (int64_t)(deadline - now)) < 0)
 			break;
 		flush_output(session);
 	}
