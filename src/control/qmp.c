@@ -79,34 +79,46 @@ void ox_qmp_event(struct ox_qmp *qmp, const char *name, json_t *data)
 
 /* --- what happens to the disks ----------------------------------------------------------- */
 
-static uint64_t count_failed_reads(struct ox_disk *disk)
+static void count_failed(struct ox_disk *disk, uint64_t *reads, uint64_t *others)
 {
 	struct ox_disk_stats *stats = ox_xcalloc(1, sizeof(*stats));
-	uint64_t failed;
 
 	ox_disk_get_stats(disk, stats);
-	failed = stats->op[OX_IO_READ].failed;
+	*reads = stats->op[OX_IO_READ].failed;
+	*others = 0;
+	for (unsigned i = 0; i < OX_DISK_STATS_OPS; i++)
+		*others += i == OX_IO_READ ? 0 : stats->op[i].failed;
 	free(stats);
-	return failed;
 }
 
-/* QEMU's BLOCK_IO_ERROR.  The disk tells that something failed and not which request; whether it
- * was a read shows in the counters. */
-static void send_io_error(struct qmp_disk *watched, const struct ox_disk_info *info, bool stopped)
+/* QEMU's BLOCK_IO_ERROR. `operation`: NULL if the disk does not tell; `stop_error`: 0, or why
+ * requests are held. */
+static void send_io_error(struct qmp_disk *watched, const struct ox_disk_info *info,
+                          const char *operation, int stop_error)
 {
-	struct ox_disk *disk = watched->qmp->options.disks[watched->index];
-	uint64_t failed = count_failed_reads(disk);
-	bool read = !stopped && failed != watched->failed_reads;
-	bool nospace = stopped && info->stop_error == ENOSPC;
-	json_t *data;
+	json_t *data =
+	        json_pack("{s:o, s:o, s:s*, s:s, s:b}", "device", ox_qmp_text(info->name),
+	                  "node-name", ox_qmp_text(info->name), "operation", operation, "action",
+	                  stop_error ? "stop" : "report", "nospace", stop_error == ENOSPC);
 
-	watched->failed_reads = failed;
-	data = json_pack("{s:o, s:o, s:s, s:s, s:b}", "device", ox_qmp_text(info->name),
-	                 "node-name", ox_qmp_text(info->name), "operation", read ? "read" : "write",
-	                 "action", stopped ? "stop" : "report", "nospace", nospace);
-	if (data && stopped)
-		json_object_set_new(data, "reason", json_string(strerror(info->stop_error)));
+	if (data && stop_error)
+		json_object_set_new(data, "reason", json_string(strerror(stop_error)));
 	ox_qmp_event(watched->qmp, "BLOCK_IO_ERROR", data);
+}
+
+/* The disk tells that something failed; the counters show what.  Requests that are held are not
+ * counted as failed: of these the disk tells by an event of their own. */
+static void send_failures(struct qmp_disk *watched, const struct ox_disk_info *info)
+{
+	uint64_t reads, others;
+
+	count_failed(watched->qmp->options.disks[watched->index], &reads, &others);
+	if (reads != watched->failed_reads)
+		send_io_error(watched, info, "read", 0);
+	if (others != watched->failed_others)
+		send_io_error(watched, info, "write", 0);
+	watched->failed_reads = reads;
+	watched->failed_others = others;
 }
 
 static void on_disk_event(struct ox_disk_listener *listener, enum ox_disk_event event)
@@ -117,10 +129,10 @@ static void on_disk_event(struct ox_disk_listener *listener, enum ox_disk_event 
 	ox_disk_get_info(watched->qmp->options.disks[watched->index], &info);
 	switch (event) {
 	case OX_DISK_STOPPED:
-		send_io_error(watched, &info, true);
+		send_io_error(watched, &info, NULL, info.stop_error ? info.stop_error : EIO);
 		break;
 	case OX_DISK_IO_ERROR:
-		send_io_error(watched, &info, false);
+		send_failures(watched, &info);
 		break;
 	case OX_DISK_CONTINUED:
 		ox_qmp_event(watched->qmp, "RESUME",
@@ -141,7 +153,8 @@ void ox_qmp_listen_to_disks(struct ox_qmp *qmp)
 		qmp->disks[i].listener.fn = on_disk_event;
 		qmp->disks[i].qmp = qmp;
 		qmp->disks[i].index = i;
-		qmp->disks[i].failed_reads = count_failed_reads(qmp->options.disks[i]);
+		count_failed(qmp->options.disks[i], &qmp->disks[i].failed_reads,
+		             &qmp->disks[i].failed_others);
 		ox_disk_add_listener(qmp->options.disks[i], &qmp->disks[i].listener);
 	}
 }

@@ -17,7 +17,7 @@ struct qmp_disk {
 	struct ox_disk_listener listener;
 	struct ox_qmp *qmp;
 	unsigned index;
-	uint64_t failed_reads; /* as counted at the last event */
+	uint64_t failed_reads, failed_others; /* as counted at the last event */
 };
 
 struct ox_qmp {
