@@ -12,7 +12,8 @@
  *  1. A slot is busy from the pop to the push; ring->in_flight counts them.
  *  2. `taking` false: nothing is popped.  It never becomes true again: a ring that has to go on
  *     elsewhere (other memory, other log) is stopped and started anew.
- *  3. What was pushed is published by the deferred call of the same turn; nothing waits longer.
+ *  3. What was pushed is published at once; a notification that the driver wants follows at once
+ *     or by the deferred call of the same turn.
  *  4. The status byte and the dirty bits are written before the push.
  *  5. A broken ring pops nothing and publishes nothing; what is in flight ends as usual.
  *
@@ -247,6 +248,15 @@ static void complete(struct ox_vu_ring *ring, struct slot *slot, uint8_t status)
 	if (ox_unlikely(ring->log))
 		log_buffers(ring, slot);
 	ox_vq_push(&ring->vq, &slot->chain, (uint32_t)slot->chain.in_bytes);
+	/* Visible at once, and the first completion of a turn wakes a sleeping driver at once: it
+	 * works on while this turn completes the rest.  More notifications only follow, at the
+	 * turn's end, if the driver has asked for them again by then. */
+	if (ox_likely(!ring->broken)) {
+		if (ring->publish.scheduled)
+			ox_vq_flush(&ring->vq);
+		else if (ox_vq_should_notify(&ring->vq))
+			signal_fd(ring->call_fd, ring->call_may_block);
+	}
 	ring->in_flight--;
 	slot_put(ring, slot);
 	ox_loop_defer(ring->loop, &ring->publish);
