@@ -53,6 +53,17 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+/* ThreadSanitizer keeps a stack of calls for each fiber, and making one is slow, so it stays
+ * with its pooled stack.  The calls that never return, at a fiber's end, must then not be
+ * counted: they pass through functions with this attribute only. */
+#ifndef FIBER_TSAN
+#define NOT_COUNTED
+#elif defined(__clang__)
+#define NOT_COUNTED __attribute__((disable_sanitizer_instrumentation))
+#else
+#define NOT_COUNTED __attribute__((no_sanitize("thread")))
+#endif
+
 /* Stacks that a thread keeps for later. */
 #define POOL_MAX 64u
 
@@ -141,7 +152,7 @@ static int prepare(struct ox_fiber *fiber, char *stack, size_t size)
 	return 0;
 }
 
-static inline void swap(struct context *from, struct context *to)
+NOT_COUNTED static inline void swap(struct context *from, struct context *to)
 {
 	if (swapcontext(&from->uc, &to->uc) < 0)
 		abort(); /* no valid context fails */
@@ -186,7 +197,7 @@ static int prepare(struct ox_fiber *fiber, char *stack, size_t size)
 	return 0;
 }
 
-static inline void swap(struct context *from, struct context *to)
+NOT_COUNTED static inline void swap(struct context *from, struct context *to)
 {
 	ox_fiber_switch(&from->sp, to->sp);
 }
@@ -194,7 +205,7 @@ static inline void swap(struct context *from, struct context *to)
 #endif
 
 /* What an arrival must do first, on the new stack. */
-static inline void arrived(struct thread *t, struct context *here)
+NOT_COUNTED static inline void arrived(struct thread *t, struct context *here)
 {
 #ifdef FIBER_ASAN
 	/* The bounds of the stack that was left: this is how we learn the thread's own. */
@@ -203,7 +214,8 @@ static inline void arrived(struct thread *t, struct context *here)
 }
 
 /* Leaves `from` (for good, if `last`) and goes on in `to`; returns when somebody comes back. */
-static void switch_to(struct thread *t, struct context *from, struct context *to, bool last)
+NOT_COUNTED static void switch_to(struct thread *t, struct context *from, struct context *to,
+                                  bool last)
 {
 #ifdef FIBER_ASAN
 	t->left = from;
@@ -255,6 +267,9 @@ static struct ox_fiber *stack_get(struct thread *t)
 	/* Pointers that only a suspended fiber holds are no leaks. */
 	__lsan_register_root_region(stack_of(fiber), OX_FIBER_STACK);
 #endif
+#ifdef FIBER_TSAN
+	fiber->context.tsan = __tsan_create_fiber(0);
+#endif
 	return fiber;
 }
 
@@ -262,6 +277,9 @@ static void stack_free(struct ox_fiber *fiber)
 {
 #ifdef FIBER_ASAN
 	__lsan_unregister_root_region(stack_of(fiber), OX_FIBER_STACK);
+#endif
+#ifdef FIBER_TSAN
+	__tsan_destroy_fiber(fiber->context.tsan);
 #endif
 	munmap(fiber->mapping, mapping_size());
 }
@@ -271,9 +289,6 @@ static void stack_put(struct thread *t, struct ox_fiber *fiber)
 #ifdef FIBER_ASAN
 	/* The frames that never returned left their red zones behind. */
 	__asan_unpoison_memory_region(stack_of(fiber), OX_FIBER_STACK - sizeof(*fiber));
-#endif
-#ifdef FIBER_TSAN
-	__tsan_destroy_fiber(fiber->context.tsan);
 #endif
 	if (t->pooled >= POOL_MAX) {
 		stack_free(fiber);
@@ -301,13 +316,13 @@ void ox_fiber_pool_free(void)
 
 /* --- the life of a fiber ------------------------------------------------------------------- */
 
-static struct context *caller_context(struct thread *t, struct ox_fiber *fiber)
+NOT_COUNTED static struct context *caller_context(struct thread *t, struct ox_fiber *fiber)
 {
 	return fiber->caller ? &fiber->caller->context : &t->context;
 }
 
 /* Gives control back to the caller. */
-static void leave(struct thread *t, struct ox_fiber *fiber, bool last)
+NOT_COUNTED static void leave(struct thread *t, struct ox_fiber *fiber, bool last)
 {
 	struct context *to = caller_context(t, fiber);
 
@@ -333,12 +348,7 @@ static void enter(struct thread *t, struct ox_fiber *fiber)
 	}
 }
 
-/* Never returns, so ThreadSanitizer must not count its entry: its stack of calls dies with the
- * fiber anyway. */
-#ifdef FIBER_TSAN
-__attribute__((no_sanitize("thread")))
-#endif
-void ox_fiber_entry(struct ox_fiber *fiber)
+NOT_COUNTED void ox_fiber_entry(struct ox_fiber *fiber)
 {
 	struct thread *t = fiber->thread;
 
@@ -371,9 +381,6 @@ int ox_fiber_start(void (*fn)(void *arg), void *arg)
 		stack_free(fiber);
 		return ret;
 	}
-#ifdef FIBER_TSAN
-	fiber->context.tsan = __tsan_create_fiber(0);
-#endif
 	t->count++;
 	enter(t, fiber);
 	return 0;
