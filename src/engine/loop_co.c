@@ -244,7 +244,12 @@ struct ox_iothread *ox_iothread_start(const struct ox_loop_options *options, str
 		free(thread);
 		return NULL;
 	}
+	/* Faults stay open: one that is blocked ends the process, whatever its handler. */
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	sigdelset(&all, SIGSEGV);
+	sigdelset(&all, SIGFPE);
+	sigdelset(&all, SIGILL);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	rc = pthread_create(&thread->thread, NULL, iothread_main, thread);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
