@@ -4,7 +4,7 @@
  *
  * A client that comes while another is connected is turned away with a line in the log; one that
  * comes while its predecessor's requests still end (a front end that reconnects, a guest that was
- * restarted) waits for that, up to one of them.
+ * restarted) waits for that, and those behind it stay in the socket's backlog.
  *
  * States:   listening ──accept──> serving ──client gone──> ending ──requests back──> listening
  *                                    └── stop ──> ending ──> stopped
@@ -20,6 +20,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -58,12 +59,32 @@ static void serve(struct blk_export *blk, int fd)
 	}
 }
 
+static void watch_listener(struct blk_export *blk)
+{
+	int rc;
+
+	if (blk->watch.loop || blk->listener.fd < 0)
+		return;
+	rc = ox_watch_add(blk->device.main, &blk->watch);
+	if (rc < 0) {
+		ox_log(OX_LOG_WARNING, "%s: cannot watch the socket: %s", blk->device.name,
+		       strerror(-rc));
+		ox_timer_arm(blk->device.main, &blk->retry, ACCEPT_RETRY_NS);
+	}
+}
+
+static void retry_accept(struct ox_timer *timer)
+{
+	watch_listener(ox_container_of(timer, struct blk_export, retry));
+}
+
 static void session_ended(void *arg)
 {
 	struct blk_export *blk = arg;
 
 	blk->session = NULL;
 	if (blk->next_fd >= 0 && !blk->stopping) {
+		watch_listener(blk);
 		serve(blk, ox_steal_fd(&blk->next_fd));
 		return;
 	}
@@ -83,29 +104,14 @@ static void accepted(struct blk_export *blk, int fd)
 		serve(blk, fd);
 		return;
 	}
-	if (blk->next_fd < 0 && ox_vu_session_is_ending(blk->session)) {
+	if (ox_vu_session_is_ending(blk->session)) {
 		blk->next_fd = fd;
+		ox_watch_remove(&blk->watch);
 		return;
 	}
 	ox_log(OX_LOG_WARNING, "%s: a second client was turned away: one is connected already",
 	       blk->device.name);
 	close(fd);
-}
-
-static void watch_listener(struct blk_export *blk)
-{
-	int rc = ox_watch_add(blk->device.main, &blk->watch);
-
-	if (rc < 0) {
-		ox_log(OX_LOG_WARNING, "%s: cannot watch the socket: %s", blk->device.name,
-		       strerror(-rc));
-		ox_timer_arm(blk->device.main, &blk->retry, ACCEPT_RETRY_NS);
-	}
-}
-
-static void retry_accept(struct ox_timer *timer)
-{
-	watch_listener(ox_container_of(timer, struct blk_export, retry));
 }
 
 static void listener_ready(struct ox_watch *watch, uint32_t revents)
