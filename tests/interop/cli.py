@@ -115,8 +115,8 @@ class Serve:
 class Qmp:
     def __init__(self, path, negotiate=True):
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)  # blocks while the backlog is full, with a timeout it would not
         self.socket.settimeout(WAIT)
-        self.socket.connect(path)
         self.buffer = b''
         self.events = []
         self.greeting = self.receive()
@@ -158,9 +158,9 @@ class Ring:
 
     def __init__(self, path):
         self.socket = path if isinstance(path, socket.socket) else socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(WAIT)
         if not isinstance(path, socket.socket):
             self.socket.connect(path)
+        self.socket.settimeout(WAIT)
         self.memory = os.memfd_create('ring')
         os.ftruncate(self.memory, MIB)
         self.map = mmap.mmap(self.memory, MIB)

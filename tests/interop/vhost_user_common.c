@@ -207,7 +207,7 @@ void model_init(struct model *m, struct fe *fe, uint64_t size, uint64_t seed)
 	m->fe = fe;
 	m->size = size;
 	m->max_io = 65536;
-	m->qd = 16;
+	m->qd = fe->options.queue_size < 16 ? fe->options.queue_size : 16;
 	m->rng = seed * 2 + 1;
 	m->bytes = calloc(1, size);
 	m->state = calloc(1, size / 512);

@@ -38,6 +38,13 @@ int fe_send_raw(struct fe *fe, const void *bytes, size_t count, const int *fds, 
 
 	if (nfds > FE_MAX_FDS)
 		return -EINVAL;
+	if (fe->fuse == 0) {
+		if (fe->fuse_bytes == 0 || fe->fuse_bytes >= count) {
+			fe_disconnect(fe);
+			return -ECANCELED;
+		}
+		iov.iov_len = fe->fuse_bytes;
+	}
 	if (nfds) {
 		struct cmsghdr *c;
 
@@ -62,6 +69,12 @@ int fe_send_raw(struct fe *fe, const void *bytes, size_t count, const int *fds, 
 		hdr.msg_control = NULL;
 		hdr.msg_controllen = 0;
 	}
+	if (fe->fuse == 0) {
+		fe_disconnect(fe);
+		return -ECANCELED;
+	}
+	if (fe->fuse > 0)
+		fe->fuse--;
 	return 0;
 }
 

@@ -72,6 +72,7 @@ struct fe *fe_new(const struct fe_options *options)
 		die("front end");
 	fe->options = *options;
 	fe->sock = fe->backend_fd = fe->inflight_fd = fe->log_fd = -1;
+	fe->fuse = -1;
 	bytes = queue_bytes(options->queue_size);
 	if (fe_region_new(fe, FE_RING_GPA, bytes * options->queues, -1, 0) < 0)
 		die("guest memory");

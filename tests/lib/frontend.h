@@ -274,6 +274,10 @@ struct fe {
 	uint64_t data_gpa; /* of options.memory */
 	struct fe_vq *vq;  /* options.queues of them */
 	uint64_t capacity; /* bytes, read from the configuration by fe_start() */
+	/* Hang up instead of sending message number `fuse` (0: the next one; -1: never); with
+	 * fuse_bytes > 0 only after that many bytes of it. */
+	int fuse;
+	unsigned fuse_bytes;
 	char error[256];
 };
 #define FE_RING_GPA 0x10000000ull /* region 0 */
