@@ -7,7 +7,8 @@
  * the whole mapping and sets its flag; the interrupted instruction then runs again and succeeds,
  * on zeroes.  Whoever uses the mapping checks the flag and breaks that client only.
  *
- * Async-signal-safety: the handler reads atomics, calls mmap(2) and sigaction(2), nothing else.
+ * Async-signal-safety: the handler reads atomics, calls mmap(2) and sigaction(2),
+ * nothing else.
  * A slot's `base` is published last (release) and withdrawn first, so that a handler on another
  * thread sees either no mapping or a whole one; nobody may access a mapping while it is being
  * unmapped, so a slot that is found stays valid for the handler's duration.
@@ -19,6 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 
 #define SLOTS 8192u
 
@@ -65,9 +67,9 @@ static void sigbus_handle(int signal, siginfo_t *info, void *context)
 
 		if (base <= 1 || address - base >= slots[i].size)
 			continue;
-		if (mmap((void *)base, slots[i].size, PROT_READ | PROT_WRITE,
-		         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1,
-		         0) == MAP_FAILED)
+		/* The bare call: a sanitizer's mmap is neither async-signal-safe nor meant here. */
+		if (syscall(SYS_mmap, base, slots[i].size, PROT_READ | PROT_WRITE,
+		            MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == -1)
 			break;
 		/* Two threads may fault at once: counted once. */
 		if (!__atomic_exchange_n(&slots[i].broken, true, __ATOMIC_ACQ_REL))

@@ -242,7 +242,7 @@ bool ox_vq_should_notify(struct ox_vq *vq)
 		return false;
 	/* Our elements must be out before the driver's wish is read; the driver publishes its
 	 * wish and looks at our elements in that order (2.7.10.1, 2.8.21.2). */
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	ox_ring_fence();
 	return ox_unlikely(vq->config.packed) ? ox_packed_wants_notify(vq, since)
 	                                      : ox_split_wants_notify(vq, since);
 }
@@ -255,7 +255,7 @@ bool ox_vq_enable_notify(struct ox_vq *vq)
 		ox_split_set_notify(vq, true);
 	vq->notify_on = true;
 	/* Our wish must be out before the driver's ring is read. */
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	ox_ring_fence();
 	return ox_vq_has_work(vq);
 }
 

@@ -126,7 +126,7 @@ void model_split_avail(struct model *model, uint16_t head)
 {
 	struct ox_split_avail *avail = split_avail(model);
 
-	avail->ring[model->next_avail % model->size] = htole16(head);
+	ox_ring_put16(&avail->ring[model->next_avail % model->size], head);
 	model->next_avail++;
 	__atomic_store_n(&avail->idx, htole16(model->next_avail), __ATOMIC_RELEASE);
 }
@@ -242,11 +242,14 @@ static bool packed_offer(struct model *model)
 	id = model->free_id[--model->free_count];
 	if (indirect) {
 		uint64_t table = model_table(model, id);
+		struct ox_packed_desc *d = model_host(model, MODEL_RINGS + at * 16);
 
 		for (unsigned i = 0; i < made.count; i++)
 			model_packed_desc(model, table, (uint16_t)i, made.buffer[i].addr,
 			                  made.buffer[i].len, 0xdead, split_flags(&made.buffer[i]));
-		model_packed_desc(model, MODEL_RINGS, at, table, made.count * 16, id, 0);
+		d->addr = htole64(table);
+		d->len = htole32(made.count * 16);
+		d->id = htole16(id);
 		first_flags = OX_DESC_INDIRECT | (wrap ? OX_DESC_AVAIL : OX_DESC_USED);
 		at++;
 	}
@@ -287,25 +290,26 @@ static bool packed_offer(struct model *model)
 /* Would a driver that follows 2.7.10 or 2.8.21 notify after adding `slots`? */
 static bool model_wants_kick(struct model *model, uint16_t slots)
 {
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	ox_ring_fence();
 	if (model->packed) {
 		const struct ox_packed_event *event = model_host(model, MODEL_DEVICE);
-		uint16_t flags = le16toh(event->flags), off = le16toh(event->off_wrap) & 0x7fff;
+		uint16_t flags = ox_ring_get16_acquire(&event->flags);
+		uint16_t off_wrap = ox_ring_get16(&event->off_wrap), off = off_wrap & 0x7fff;
 
 		if (flags != OX_EVENT_DESC)
 			return flags == OX_EVENT_ENABLE;
 		assert_true(model->event_idx);
 		assert_true(off < model->size);
-		if (le16toh(event->off_wrap) >> 15 != model->avail_wrap)
+		if (off_wrap >> 15 != model->avail_wrap)
 			off = (uint16_t)(off - model->size);
 		return (uint16_t)(model->next_avail - off - 1) < slots;
 	}
 	if (model->event_idx) {
-		uint16_t event = le16toh(*(uint16_t *)&split_used(model)->ring[model->size]);
+		uint16_t event = ox_ring_get16((uint16_t *)&split_used(model)->ring[model->size]);
 
 		return (uint16_t)(model->next_avail - event - 1) < 1;
 	}
-	return !(le16toh(split_used(model)->flags) & OX_USED_NO_NOTIFY);
+	return !(ox_ring_get16(&split_used(model)->flags) & OX_USED_NO_NOTIFY);
 }
 
 bool model_offer(struct model *model, bool *kick)
@@ -396,16 +400,17 @@ void model_sleep(struct model *model)
 	if (model->packed) {
 		struct ox_packed_event *event = model_host(model, MODEL_DRIVER);
 
-		event->off_wrap = htole16((uint16_t)(model->next_used | model->used_wrap << 15));
+		ox_ring_put16(&event->off_wrap,
+		              (uint16_t)(model->next_used | model->used_wrap << 15));
 		__atomic_store_n(&event->flags,
 		                 htole16(model->event_idx ? OX_EVENT_DESC : OX_EVENT_ENABLE),
 		                 __ATOMIC_RELEASE);
 	} else if (model->event_idx) {
-		split_avail(model)->ring[model->size] = htole16(model->next_used);
+		ox_ring_put16(&split_avail(model)->ring[model->size], model->next_used);
 	} else {
-		split_avail(model)->flags = 0;
+		ox_ring_put16(&split_avail(model)->flags, 0);
 	}
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	ox_ring_fence();
 	model->asleep = !model_has_used(model);
 }
 
@@ -413,10 +418,10 @@ void model_wake(struct model *model)
 {
 	model->asleep = false;
 	if (model->packed)
-		((struct ox_packed_event *)model_host(model, MODEL_DRIVER))->flags =
-		        htole16(OX_EVENT_DISABLE);
+		ox_ring_put16(&((struct ox_packed_event *)model_host(model, MODEL_DRIVER))->flags,
+		              OX_EVENT_DISABLE);
 	else if (!model->event_idx)
-		split_avail(model)->flags = htole16(OX_AVAIL_NO_INTERRUPT);
+		ox_ring_put16(&split_avail(model)->flags, OX_AVAIL_NO_INTERRUPT);
 }
 
 void model_check_chain(struct model *model, const struct ox_vq_chain *chain)
