@@ -245,11 +245,11 @@ static int set_vring_num_co(struct ox_vu_session *s, struct ox_error *err)
 
 	if (!queue)
 		return -EINVAL;
-	if (num == queue->num)
-		return 0;
 	if (!num || num > s->device->queue_size_max)
 		return ox_error_set(err, EINVAL, "a queue has 1 to %u entries, not %u",
 		                    s->device->queue_size_max, num);
+	if (num == queue->num)
+		return 0;
 	if (s->features_set && !ox_vu_has(s, VIRTIO_F_RING_PACKED) && !ox_is_power_of_2(num))
 		return ox_error_set(err, EINVAL, "a split ring of %u entries: no power of two",
 		                    num);

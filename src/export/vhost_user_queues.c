@@ -183,10 +183,15 @@ void ox_vu_queues_reset_co(struct ox_vu_session *s)
 	for (unsigned i = 0; i < s->device->queues; i++) {
 		struct ox_vu_queue *queue = &s->queue[i];
 		int call_fd = queue->call_fd, err_fd = queue->err_fd;
+		uint32_t base = queue->base;
 
 		close_fd(&queue->kick_fd);
 		*queue = (struct ox_vu_queue){0};
 		queue_init(queue);
+		/* QEMU 7.2 stops a device with SET_STATUS 0 and asks for the base only then (later
+		 * ones the other way round): without an answer a guest that pauses or migrates
+		 * loses its place.  Not base_set: a start without SET_VRING_BASE is a fresh one. */
+		queue->base = base;
 		/* A front end tells these once, before it resets the device. */
 		queue->call_fd = call_fd;
 		queue->err_fd = err_fd;

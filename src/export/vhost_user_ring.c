@@ -15,7 +15,7 @@
  *  3. What was pushed is published at once; a notification that the driver wants follows at once
  *     or by the deferred call of the same turn.
  *  4. The status byte and the dirty bits are written before the push.
- *  5. A broken ring pops nothing and publishes nothing; what is in flight ends as usual.
+ *  5. A broken ring pops nothing; what is in flight ends as usual.
  *
  * Crash ordering is the virtqueue's: a chain is in the inflight region before it is submitted
  * and leaves it after its used element is visible, so a killed process repeats what the driver
@@ -269,7 +269,7 @@ static void publish(struct ox_deferred *deferred)
 
 	if (ox_unlikely(ring->broken))
 		ox_watch_remove(&ring->kick);
-	else if (ox_vq_should_notify(&ring->vq))
+	if (ox_vq_should_notify(&ring->vq))
 		signal_fd(ring->call_fd, ring->call_may_block);
 	if (ox_unlikely(waiter && !ring->in_flight)) {
 		ring->waiter = NULL;
@@ -636,7 +636,7 @@ static void stop_on_loop_co(void *arg)
 	quiesce_on_loop(ring);
 	drain_co(ring);
 	ox_deferred_cancel(ring->loop, &ring->publish);
-	if (!ring->broken && ox_vq_should_notify(&ring->vq))
+	if (ox_vq_should_notify(&ring->vq))
 		signal_fd(ring->call_fd, ring->call_may_block);
 	call->base = ox_vq_stop(&ring->vq);
 	ox_vq_destroy(&ring->vq);

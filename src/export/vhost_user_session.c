@@ -26,7 +26,8 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
-/* Refused messages without an acknowledgement that a connection may have. */
+/* Refused messages that a connection may have before one without an acknowledgement ends it, and
+ * that are logged. */
 #define ERRORS_MAX 16u
 
 /* --- reading ----------------------------------------------------------------------------- */
@@ -240,13 +241,16 @@ static bool serve_message_co(struct ox_vu_session *s, size_t n)
 	wants_ack |= s->message.need_reply && ox_vu_has_protocol(s, OX_VU_P_REPLY_ACK);
 
 	if (err.code) {
+		bool told = wants_ack || s->has_reply;
 		bool fatal = rc == -ECONNABORTED || (is_question(s) && !s->has_reply) ||
-		             (!wants_ack && !s->has_reply && rc == -EBADMSG) ||
-		             ++s->errors >= ERRORS_MAX;
+		             (!told && (rc == -EBADMSG || s->errors >= ERRORS_MAX));
 
-		ox_log(OX_LOG_WARNING, "%s: the client's %s failed: %s%s", s->device->name,
+		/* A client must not be able to fill the log. */
+		ox_log(fatal || s->errors < ERRORS_MAX ? OX_LOG_WARNING : OX_LOG_DEBUG,
+		       "%s: the client's %s failed: %s%s", s->device->name,
 		       request_name(s->message.request, buf), err.text,
 		       fatal ? "; disconnecting it" : "");
+		s->errors++;
 		if (fatal)
 			return false;
 	}
