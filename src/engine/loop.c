@@ -18,8 +18,11 @@
 
 /* How stale the descriptors may get while the loop is busy and never sleeps. */
 #define FD_CHECK_NS 50000u
-/* The first step of a growing spin. */
-#define POLL_START_NS 4000u
+/* The loop does not wait for the disk by spinning when more than this many operations are in
+ * flight: sleeping costs the others little then, and submitting is the same system call. */
+#define SPIN_IN_FLIGHT 2u
+/* What a spin is made longer than the usual wait. */
+#define SPIN_SLACK_NS 2000u
 
 static _Thread_local struct ox_loop *current_loop;
 
@@ -62,7 +65,6 @@ struct ox_loop *ox_loop_new(const struct ox_loop_options *options, struct ox_err
 
 	snprintf(loop->name, sizeof(loop->name), "%s", options->name ? options->name : "loop");
 	loop->poll_max_ns = options->poll_max_ns;
-	loop->poll_ns[0] = loop->poll_ns[1] = ox_min(options->poll_max_ns, POLL_START_NS);
 	TAILQ_INIT(&loop->pollers);
 	STAILQ_INIT(&loop->deferred);
 	loop->now = ox_clock_ns();
@@ -276,6 +278,32 @@ static bool handle_fds(struct ox_loop *loop, int timeout_ms)
 
 /* --- the turn -------------------------------------------------------------------------------- */
 
+/* --- adaptive polling ---------------------------------------------------------------------------
+ *
+ * How long to spin before sleeping, decided by how long the last waits were (a moving average,
+ * each wait counted as two longest spins at most, so that a few short ones bring polling back).
+ * Waiting for the guest (0) and for the disk (1) are two things.  Spinning is worth it when the
+ * usual wait is shorter than what a sleep costs in latency; a disk slower than half of the
+ * longest spin is not waited for, because it would burn more than it saves. */
+
+static uint64_t spin_ns(const struct ox_loop *loop, unsigned in_flight)
+{
+	uint64_t usual = loop->usual_wait_ns[in_flight > 0];
+	uint64_t limit = in_flight ? loop->poll_max_ns / 2 : loop->poll_max_ns * 3 / 4;
+
+	if (in_flight > SPIN_IN_FLIGHT || usual > limit)
+		return 0;
+	return ox_min(loop->poll_max_ns, 2 * usual + SPIN_SLACK_NS);
+}
+
+static void learn_wait(struct ox_loop *loop, unsigned in_flight, uint64_t waited_ns)
+{
+	uint64_t *usual = &loop->usual_wait_ns[in_flight > 0];
+
+	waited_ns = ox_min(waited_ns, 2 * loop->poll_max_ns);
+	*usual = (*usual * 7 + waited_ns) / 8;
+}
+
 /* Runs what is there without sleeping; true if there was anything.
  *
  * Operations collect until a batch is full or a turn brings nothing new; an engine that can
@@ -288,7 +316,7 @@ static bool turn(struct ox_loop *loop)
 	ox_loop_count(&loop->stats.turns, 1);
 	fresh = run_posted(loop);
 	fresh |= run_pollers(loop);
-	loop->submit_with_sleep = !fresh && !loop->poll_ns[1];
+	loop->submit_with_sleep = !fresh && !spin_ns(loop, ox_engines_in_flight(loop));
 	progress = fresh;
 	progress |= ox_engines_flush(loop, !fresh);
 	progress |= ox_engines_reap(loop);
@@ -375,24 +403,12 @@ static void sleep_until_work(struct ox_loop *loop)
 	pollers_wake(loop);
 }
 
-/* The spin was too short if the wait after it was short too; it was in vain if that was long. */
-static void adapt_poll(struct ox_loop *loop, unsigned which, uint64_t waited_ns)
-{
-	uint64_t *poll = &loop->poll_ns[which];
-
-	if (waited_ns <= *poll)
-		return;
-	if (waited_ns <= loop->poll_max_ns)
-		*poll = ox_min(loop->poll_max_ns, ox_max(*poll * 2, (uint64_t)POLL_START_NS));
-	else
-		*poll = *poll > POLL_START_NS ? *poll / 2 : 0;
-}
-
 static void run(struct ox_loop *loop, const bool *condition)
 {
 	struct ox_loop *before = ox_loop_enter(loop);
 	uint64_t idle_since = 0; /* 0: the last turn found work */
-	unsigned which = 0;
+	uint64_t spin = 0;
+	unsigned in_flight = 0;
 	bool progress;
 
 	loop->now = ox_clock_ns();
@@ -400,19 +416,22 @@ static void run(struct ox_loop *loop, const bool *condition)
 		progress = turn(loop);
 		loop->now = ox_clock_ns();
 		if (progress) {
+			if (idle_since)
+				learn_wait(loop, in_flight, loop->now - idle_since);
 			idle_since = 0;
 			continue;
 		}
 		if (!idle_since) {
 			idle_since = loop->now;
-			which = ox_engines_in_flight(loop) > 0;
+			in_flight = ox_engines_in_flight(loop);
+			spin = spin_ns(loop, in_flight);
 		}
-		if (loop->now - idle_since < loop->poll_ns[which]) {
+		if (loop->now - idle_since < spin) {
 			ox_cpu_relax();
 			continue;
 		}
 		sleep_until_work(loop);
-		adapt_poll(loop, which, loop->now - idle_since);
+		learn_wait(loop, in_flight, loop->now - idle_since);
 		idle_since = 0;
 	}
 	run_deferred(loop);

@@ -44,11 +44,9 @@ struct ox_loop {
 	uint64_t fd_check_ns; /* when epoll was last asked */
 	bool fds_unsure;      /* epoll answered events: ask again before sleeping */
 
-	/* Adaptive polling: how long to spin, [0] with nothing in flight in the engines (waiting
-	 * for the guest), [1] with something (waiting for the disk). */
-	uint64_t poll_max_ns;
-	uint64_t poll_ns[2];
-	bool submit_with_sleep; /* an engine that sleeps for the loop need not submit now */
+	uint64_t poll_max_ns;      /* the longest spin */
+	uint64_t usual_wait_ns[2]; /* for the guest, for the disk: see spin_ns() */
+	bool submit_with_sleep;    /* an engine that sleeps for the loop need not submit now */
 
 	struct ox_loop_stats stats;
 };
