@@ -257,9 +257,16 @@ static void install_co(void *arg)
 	store->ops = &spy.ops;
 }
 
+static void nothing_co(void *arg)
+{
+}
+
 void spy_install(struct device *d)
 {
 	device_call(d, install_co, d);
+	/* The I/O threads see it from their next turn on. */
+	for (unsigned i = 0; i < 2; i++)
+		call_on_loop(d->loops[i], nothing_co, NULL);
 }
 
 void spy_park(bool on)

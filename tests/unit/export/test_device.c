@@ -27,16 +27,18 @@ static int send_state(struct fe *fe, uint32_t request, uint32_t index, uint32_t 
 	return fe_send_ack(fe, request, state, sizeof(state), NULL, 0);
 }
 
+/* Each queue has buffers of its own: they are served by several threads. */
 static void check_io(struct fe *fe)
 {
-	uint8_t *data = fe_host(fe, fe->data_gpa, 8192);
-
 	for (unsigned i = 0; i < fe->options.queues; i++) {
+		uint64_t gpa = fe->data_gpa + 8192 * i;
+		uint8_t *data = fe_host(fe, gpa, 8192);
+
 		fe_pattern(data, 4096, i + 1);
-		assert_int_equal(fe_blk_write(&fe->vq[i], 8192 * i, fe->data_gpa, 4096), 0);
+		assert_int_equal(fe_blk_write(&fe->vq[i], 8192 * i, gpa, 4096), 0);
 		assert_int_equal(fe_blk_flush(&fe->vq[i]), 0);
 		memset(data + 4096, 0, 4096);
-		assert_int_equal(fe_blk_read(&fe->vq[i], 8192 * i, fe->data_gpa + 4096, 4096), 0);
+		assert_int_equal(fe_blk_read(&fe->vq[i], 8192 * i, gpa + 4096, 4096), 0);
 		assert_memory_equal(data, data + 4096, 4096);
 	}
 }
