@@ -89,6 +89,9 @@ void ox_inflight_attach(struct ox_inflight *inflight, void *area, bool packed, u
 	};
 }
 
+/* Reads the client's bytes once: what is checked is what is used. */
+#define region_load(where) __atomic_load_n((where), __ATOMIC_RELAXED)
+
 static int inflight_bad(struct ox_error *err, const char *what, unsigned value)
 {
 	return ox_error_set(err, EINVAL,
@@ -97,7 +100,7 @@ static int inflight_bad(struct ox_error *err, const char *what, unsigned value)
 }
 
 static int split_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
-                      struct ox_error *err)
+                      uint16_t ring_size, struct ox_error *err)
 {
 	struct ox_inflight_split *region = inflight->area;
 	uint16_t batch, count = 0;
@@ -126,13 +129,13 @@ static int split_open(struct ox_inflight *inflight, struct ox_inflight_position 
 	if (batch > inflight->size && count)
 		return inflight_bad(err, "used index moved too far", batch);
 	if (batch && batch <= inflight->size) {
-		uint16_t at = region->last_batch_head;
+		uint16_t at = region_load(&region->last_batch_head);
 
 		for (unsigned i = 0; i < batch; i++) {
 			if (at >= inflight->size)
 				return inflight_bad(err, "impossible entry in the last batch", at);
 			ox_persist(&region->desc[at].inflight, 0);
-			at = region->desc[at].next;
+			at = region_load(&region->desc[at].next);
 		}
 	}
 	ox_persist(&region->used_idx, position->used);
@@ -142,6 +145,8 @@ static int split_open(struct ox_inflight *inflight, struct ox_inflight_position 
 	for (unsigned i = 0; i < inflight->size; i++) {
 		if (!region->desc[i].inflight)
 			continue;
+		if (i >= ring_size)
+			return inflight_bad(err, "a head behind the ring's end", i);
 		count++;
 		if (region->desc[i].counter >= inflight->counter)
 			inflight->counter = region->desc[i].counter + 1;
@@ -169,11 +174,10 @@ static inline void packed_store_used(struct ox_inflight_packed *region, struct p
 	ox_persist((uint64_t *)(void *)&region->used_idx, word);
 }
 
-uint16_t ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t last, uint16_t next,
-                                 uint16_t num)
+void ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t head, uint16_t last,
+                             uint16_t next, uint16_t num)
 {
 	struct ox_inflight_packed *region = inflight->area;
-	uint16_t head = region->free_head;
 	struct ox_inflight_packed_entry *entry = &region->desc[head];
 
 	ox_persist(&entry->num, num);
@@ -182,7 +186,6 @@ uint16_t ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t last, ui
 	ox_persist(&entry->inflight, 1);
 	ox_persist(&region->free_head, next);
 	ox_persist(&region->old_free_head, next);
-	return head;
 }
 
 void ox_inflight_packed_prepare(struct ox_inflight *inflight, const struct ox_vq_pending *batch,
@@ -197,7 +200,7 @@ void ox_inflight_packed_prepare(struct ox_inflight *inflight, const struct ox_vq
 	};
 
 	for (uint32_t i = 0; i < count; i++) {
-		uint16_t last = region->desc[batch[i].inflight_index].last;
+		uint16_t last = region_load(&region->desc[batch[i].inflight_index].last);
 
 		if (last >= inflight->size)
 			last = batch[i].inflight_index; /* the client wrote there */
@@ -268,13 +271,13 @@ static int packed_audit(struct ox_inflight *inflight, uint16_t free_head, uint32
 			return inflight_bad(err, "a loop in the free list", at);
 		seen[at] = 1;
 		ox_persist(&region->desc[at].inflight, 0);
-		at = region->desc[at].next;
+		at = region_load(&region->desc[at].next);
 	}
 	*slots = 0;
 	inflight->counter = 0;
 	for (unsigned i = 0; i < inflight->size; i++) {
 		const struct ox_inflight_packed_entry *head = &region->desc[i];
-		uint16_t num = head->num, last = head->last;
+		uint16_t num = region_load(&head->num), last = region_load(&head->last);
 
 		if (!head->inflight)
 			continue;
@@ -287,7 +290,7 @@ static int packed_audit(struct ox_inflight *inflight, uint16_t free_head, uint32
 			seen[at] = 1;
 			if (n + 1 == num && at != last)
 				return inflight_bad(err, "impossible end of a chain", at);
-			at = region->desc[at].next;
+			at = region_load(&region->desc[at].next);
 		}
 		*slots += num;
 		if (head->counter >= inflight->counter)
@@ -321,15 +324,16 @@ static int packed_open(struct ox_inflight *inflight, struct ox_inflight_position
 		return ox_error_set(err, ENOMEM, "inflight region: out of memory");
 
 	memcpy(&used, &region->used_idx, sizeof(used));
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	if (used.used >= ring_size || used.old_used >= ring_size || used.wrap > 1 ||
 	    used.old_wrap > 1)
 		return inflight_bad(err, "impossible used index", used.used);
-	free_head = region->old_free_head;
+	free_head = region_load(&region->old_free_head);
 	if (used.used != used.old_used || used.wrap != used.old_wrap) {
 		rollback = slot_is_available(ox_ring_get16_acquire(&ring[used.old_used].flags),
 		                             used.old_wrap);
 		if (!rollback) {
-			free_head = region->free_head;
+			free_head = region_load(&region->free_head);
 			ox_persist(&region->old_free_head, free_head);
 			used.old_used = used.used;
 			used.old_wrap = used.wrap;
@@ -370,52 +374,40 @@ int ox_inflight_open(struct ox_inflight *inflight, struct ox_inflight_position *
 {
 	if (inflight->packed)
 		return packed_open(inflight, position, ring, ring_size, err);
-	return split_open(inflight, position, err);
+	return split_open(inflight, position, ring_size, err);
 }
 
-static uint64_t entry_counter(const struct ox_inflight *inflight, unsigned index)
+struct pending {
+	uint64_t counter;
+	uint16_t index;
+};
+
+static int compare_pending(const void *a, const void *b)
+{
+	const struct pending *first = a, *second = b;
+
+	if (first->counter != second->counter)
+		return first->counter < second->counter ? -1 : 1;
+	return (int)first->index - second->index;
+}
+
+unsigned ox_inflight_pending(const struct ox_inflight *inflight, uint16_t *index, unsigned room)
 {
 	const struct ox_inflight_split *split = inflight->area;
 	const struct ox_inflight_packed *packed = inflight->area;
-
-	return inflight->packed ? packed->desc[index].counter : split->desc[index].counter;
-}
-
-static bool entry_in_flight(const struct ox_inflight *inflight, unsigned index)
-{
-	const struct ox_inflight_split *split = inflight->area;
-	const struct ox_inflight_packed *packed = inflight->area;
-
-	return inflight->packed ? packed->desc[index].inflight : split->desc[index].inflight;
-}
-
-static int compare_entries(const void *a, const void *b, void *arg)
-{
-	uint64_t first = entry_counter(arg, *(const uint16_t *)a);
-	uint64_t second = entry_counter(arg, *(const uint16_t *)b);
-
-	return (first > second) - (first < second);
-}
-
-unsigned ox_inflight_pending(struct ox_inflight *inflight, uint16_t *index)
-{
+	/* Copies: the client may go on writing while we sort. */
+	OX_FREE struct pending *list = ox_xcalloc(room + 1, sizeof(*list));
 	unsigned count = 0;
 
-	for (unsigned i = 0; i < inflight->size; i++)
-		if (entry_in_flight(inflight, i))
-			index[count++] = (uint16_t)i;
-	qsort_r(index, count, sizeof(*index), compare_entries, inflight);
+	for (unsigned i = 0; i < inflight->size && count < room; i++) {
+		if (inflight->packed ? !packed->desc[i].inflight : !split->desc[i].inflight)
+			continue;
+		list[count].counter =
+		        inflight->packed ? packed->desc[i].counter : split->desc[i].counter;
+		list[count++].index = (uint16_t)i;
+	}
+	qsort(list, count, sizeof(*list), compare_pending);
+	for (unsigned i = 0; i < count; i++)
+		index[i] = list[i].index;
 	return count;
-}
-
-bool ox_inflight_close(struct ox_inflight *inflight)
-{
-	struct ox_inflight_split *split = inflight->area;
-	struct ox_inflight_packed *packed = inflight->area;
-
-	for (unsigned i = 0; i < inflight->size; i++)
-		if (entry_in_flight(inflight, i))
-			return false;
-	ox_persist(inflight->packed ? &packed->version : &split->version, 0);
-	return true;
 }

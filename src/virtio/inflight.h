@@ -46,10 +46,7 @@ struct ox_inflight_position {
  * not published is taken back.  ring_size: entries of the ring.  -EINVAL: impossible content. */
 int ox_inflight_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
                      void *ring, uint16_t ring_size, struct ox_error *err) OX_MUST_CHECK;
-/* The entries to submit again, oldest first, into `index` (room for size); how many. */
-unsigned ox_inflight_pending(struct ox_inflight *inflight, uint16_t *index);
-/* A ring's orderly end with nothing in flight: the next open finds a fresh region.  False and
- * nothing done if something is. */
-bool ox_inflight_close(struct ox_inflight *inflight);
+/* The entries to submit again, oldest first, into index[room]; how many. */
+unsigned ox_inflight_pending(const struct ox_inflight *inflight, uint16_t *index, unsigned room);
 
 #endif

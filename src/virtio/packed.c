@@ -152,7 +152,7 @@ int ox_packed_pop(struct ox_vq *vq, struct ox_vq_chain *chain)
 	uint32_t size = vq->config.size;
 	uint32_t at = vq->last_avail;
 	uint16_t flags = ox_ring_get16_acquire(&ring[at].flags);
-	uint16_t entry = 0, last_entry = 0;
+	uint16_t entry = 0, first_entry = 0, last_entry = 0;
 	uint32_t num = 0;
 	struct ox_packed_desc d;
 	int rc;
@@ -161,7 +161,7 @@ int ox_packed_pop(struct ox_vq *vq, struct ox_vq_chain *chain)
 		return 0;
 	ox_vq_chain_clear(chain);
 	if (region)
-		entry = __atomic_load_n(&region->free_head, __ATOMIC_RELAXED);
+		entry = first_entry = __atomic_load_n(&region->free_head, __ATOMIC_RELAXED);
 	for (;;) {
 		num++;
 		if (ox_unlikely(vq->slots + num > size))
@@ -192,9 +192,10 @@ int ox_packed_pop(struct ox_vq *vq, struct ox_vq_chain *chain)
 	}
 	chain->head = d.id; /* the last one's counts (2.8.6) */
 	chain->ring_slots = (uint16_t)num;
-	if (region)
-		chain->inflight_index =
-		        ox_inflight_packed_take(inflight, last_entry, entry, (uint16_t)num);
+	if (region) {
+		ox_inflight_packed_take(inflight, first_entry, last_entry, entry, (uint16_t)num);
+		chain->inflight_index = first_entry;
+	}
 	if (at <= vq->last_avail)
 		vq->avail_wrap = !vq->avail_wrap;
 	vq->last_avail = (uint16_t)at;

@@ -190,10 +190,10 @@ unsigned ox_vq_resume(struct ox_vq *vq, uint16_t *index)
 
 	if (!vq->config.inflight)
 		return 0;
-	count = ox_inflight_pending(vq->config.inflight, index);
+	count = ox_inflight_pending(vq->config.inflight, index, vq->config.size);
 	/* A driver that offers them again meanwhile is caught at once. */
-	if (!vq->config.packed)
-		for (unsigned i = 0; i < count; i++)
+	for (unsigned i = 0; i < count; i++)
+		if (index[i] < vq->config.size)
 			vq->busy[index[i]] = 1;
 	return count;
 }
@@ -286,7 +286,5 @@ uint32_t ox_vq_base(const struct ox_vq *vq)
 uint32_t ox_vq_stop(struct ox_vq *vq)
 {
 	ox_vq_flush(vq);
-	if (vq->config.inflight)
-		ox_inflight_close(vq->config.inflight);
 	return ox_vq_base(vq);
 }

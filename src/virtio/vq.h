@@ -105,8 +105,8 @@ void ox_vq_set_log(struct ox_vq *vq, struct ox_dirty_log *log, uint64_t device_g
 #define OX_VQ_MAX_CHAIN 1026u
 int ox_vq_pop(struct ox_vq *vq, struct ox_vq_chain *chain) OX_MUST_CHECK;
 /* After ox_vq_init() and before the first pop: what a killed process or a stop left in flight,
- * oldest first, into index[size]; answers how many (0 without an inflight region).  Each is then
- * taken once with ox_vq_pop_inflight(). */
+ * oldest first, into index[config.size]; answers how many (0 without an inflight region).  Each is
+ * then taken once with ox_vq_pop_inflight(). */
 unsigned ox_vq_resume(struct ox_vq *vq, uint16_t *index);
 /* The chain that was in flight with this head (split) or these descriptors (packed, from the
  * inflight region), to be processed again.  1, -EPROTO or -ENOBUFS as ox_vq_pop(). */
@@ -130,9 +130,9 @@ void ox_vq_disable_notify(struct ox_vq *vq);
 bool ox_vq_has_work(struct ox_vq *vq);
 /* The value for GET_VRING_BASE (packed: 32 bits with both counters). */
 uint32_t ox_vq_base(const struct ox_vq *vq);
-/* At GET_VRING_BASE, when no more pushes will come: flushes and answers ox_vq_base().  If nothing
- * is in flight the inflight region is closed: the ring's next start goes by the front end's base,
- * which a guest's reset may have set to zero. */
+/* When no more pushes will come: flushes and answers ox_vq_base().  An inflight region goes on to
+ * say where the ring stands: a front end that makes the ring anew (a reset of the guest) gives a
+ * new region with it, as QEMU does. */
 uint32_t ox_vq_stop(struct ox_vq *vq);
 
 #endif

@@ -221,10 +221,10 @@ static inline void ox_inflight_split_clear(struct ox_inflight *inflight,
 	ox_persist(&region->used_idx, used_idx);
 }
 
-/* Packed.  take: `num` entries were filled along the free list from its head to `last`, `next` is
- * behind it; answers the chain's index (the head's). */
-uint16_t ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t last, uint16_t next,
-                                 uint16_t num);
+/* Packed.  take: `num` entries were filled along the free list from `head` to `last`, `next` is
+ * behind it. */
+void ox_inflight_packed_take(struct ox_inflight *inflight, uint16_t head, uint16_t last,
+                             uint16_t next, uint16_t num);
 /* Before a batch is written to the ring / after its first flags were. */
 void ox_inflight_packed_prepare(struct ox_inflight *inflight, const struct ox_vq_pending *batch,
                                 uint32_t count, uint16_t used_idx, bool used_wrap);
