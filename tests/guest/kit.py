@@ -248,7 +248,7 @@ def slim_libraries(program, work):
             shutil.copy(path, os.path.join(folder, os.path.basename(name)))
         run(loader, '--inhibit-cache', '--library-path', folder, program, '--name=try',
             '--ioengine=libaio', '--rw=randwrite', '--size=64k', '--verify=crc32c',
-            f'--filename={work}/try.data')
+            f'--filename={work}/try.data', cwd=work)
         return libraries
     except (KitError, StopIteration):
         return None

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# check: timeout=900
 """A Linux guest makes a file system, writes, verifies and shuts down: split and packed rings, one
 queue and several, one I/O thread and two."""
 

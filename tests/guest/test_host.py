@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# check: timeout=900
 """Hosts that are hard to serve from: a device with 4096-byte sectors under a guest with 512, and a
 file system that runs full."""
 

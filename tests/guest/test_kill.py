@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# check: timeout=900
 """The server is killed with SIGKILL in the middle of I/O and started again, several times: the
 guest goes on without an error, and reads back every write that had completed, flushed or not."""
 

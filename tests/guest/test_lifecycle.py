@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# check: timeout=900
 """What happens to a guest in its life, while I/O runs: memory is plugged and unplugged, the balloon
 grows, the driver goes and comes, the disk grows, the machine is reset and reboots."""
 

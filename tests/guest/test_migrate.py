@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# check: timeout=900
 """A running guest moves between two QEMU processes and two Oxbow daemons on one image while it
 writes, verifies and reads: the lock and every byte move with it."""
 
