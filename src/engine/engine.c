@@ -172,12 +172,12 @@ bool ox_engines_reap(struct ox_loop *loop)
 	for (unsigned kind = 0; kind < OX_ARRAY_SIZE(loop->engines); kind++) {
 		struct ox_engine *engine = loop->engines[kind];
 
-		if (!engine || !engine->in_flight) {
-			/* An idle engine that sleeps for the loop still has to tell of the
-			 * descriptors. */
-			if (!engine || engine != loop->waiter)
-				continue;
-		}
+		/* What was reaped before a sleep that did not happen is no longer in flight and
+		 * waits to be called.  An idle engine that sleeps for the loop still has to tell of
+		 * the descriptors. */
+		if (!engine ||
+		    (!engine->in_flight && !engine->done_first && engine != loop->waiter))
+			continue;
 		if (engine->ops->reap)
 			engine->ops->reap(engine);
 		progress |= call_done(engine);
