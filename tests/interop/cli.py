@@ -494,6 +494,9 @@ def several_disks():
                 wait_until(lambda: disk(qmp, 1)['oxbow']['active'], 'an active disk')
                 equal([b['oxbow']['active'] for b in qmp.command('query-block')['return']],
                       [False, True, False])
+                # Each asks worker threads for the files' sizes: no wake-up may be lost.
+                for _ in range(200):
+                    equal(len(qmp.command('query-block')['return']), 3)
                 serve.stop()
 
 
