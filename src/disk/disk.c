@@ -22,6 +22,7 @@
 #include <oxbow/log.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 /* --- gates ------------------------------------------------------------------------------------ */
 
@@ -111,25 +112,43 @@ static void learn(struct ox_disk *disk, const struct ox_image *image)
 	disk->ino = image->store->ino;
 }
 
+static bool is_block_device(const char *path)
+{
+	struct stat st;
+
+	if (strncmp(path, "file:", 5) == 0)
+		path += 5;
+	return stat(path, &st) == 0 && S_ISBLK(st.st_mode);
+}
+
+/* A device's sectors are the guest's too.  A file's are not: its partition table counts in
+ * sectors, and must mean the same on every file system that the file is moved to. */
+static uint32_t auto_logical(const struct ox_disk *disk, const struct ox_image *image)
+{
+	uint32_t block = disk->limits.logical_block_size;
+
+	if (!is_block_device(disk->path) || !ox_is_power_of_2(block) || block < 512 ||
+	    block > 32768 || !ox_is_aligned(image->size, block))
+		return 512;
+	return block;
+}
+
 static int choose_blocks(struct ox_disk *disk, const struct ox_image *image, struct ox_error *err)
 {
 	uint32_t logical = disk->options.logical_block_size;
 	uint32_t physical = disk->options.physical_block_size;
 
-	if (logical == 0) {
-		logical = ox_max(disk->limits.logical_block_size, 512u);
-		/* A file need not end at a block of the device below it. */
-		if (!ox_is_power_of_2(logical) || logical > 32768 ||
-		    !ox_is_aligned(image->size, logical))
-			logical = 512;
-	}
+	if (logical == 0)
+		logical = auto_logical(disk, image);
 	if (!ox_is_power_of_2(logical) || logical < 512 || logical > 32768)
 		return ox_error_set(err, EINVAL,
 		                    "%s: a logical block size is a power of two from 512 to 32768, "
 		                    "%u is not",
 		                    disk->name, logical);
-	if (physical == 0)
+	if (physical == 0) {
 		physical = ox_max(disk->limits.physical_block_size, logical);
+		physical = ox_max(physical, disk->limits.logical_block_size);
+	}
 	if (!ox_is_power_of_2(physical) || physical < logical)
 		return ox_error_set(err, EINVAL,
 		                    "%s: a physical block size is a power of two and not smaller "
@@ -399,7 +418,7 @@ static void deactivate_last_co(struct ox_disk *disk)
 	struct queue_call flush = {.queue = &disk->queues[0]};
 
 	disk->closing = true;
-	ox_timer_cancel(&disk->retry_timer);
+	ox_disk_end_rounds_co(disk);
 	ox_disk_drain_co(disk);
 	for (unsigned i = 0; i < disk->queue_count; i++) {
 		struct queue_call call = {.queue = &disk->queues[i]};

@@ -198,8 +198,6 @@ static void start_round(struct ox_disk *disk)
 
 static void round_failed(struct ox_disk *disk)
 {
-	if (disk->closing)
-		return;
 	if (disk->retry_again) {
 		start_round(disk);
 		return;
@@ -226,12 +224,14 @@ static void answer_posted(struct ox_post *post)
 	disk->retry_failed |= queue->retry_failed;
 	if (--disk->retry_pending > 0)
 		return;
+	if (disk->round_waiter) {
+		ox_fiber_resume(ox_steal_ptr(disk->round_waiter));
+		return;
+	}
 	if (disk->retry_failed) {
 		round_failed(disk);
 		return;
 	}
-	if (disk->closing)
-		return;
 	forget_stop(disk);
 	ox_log(OX_LOG_INFO, "%s: goes on, nothing fails any more", disk->name);
 	for (unsigned i = 0; i < disk->queue_count; i++)
@@ -274,6 +274,15 @@ void ox_disk_hold_init(struct ox_disk *disk)
 		queue->retry_post.fn = retry_posted;
 		queue->release_post.fn = release_posted;
 		queue->answer_post.fn = answer_posted;
+	}
+}
+
+void ox_disk_end_rounds_co(struct ox_disk *disk)
+{
+	ox_timer_cancel(&disk->retry_timer);
+	while (disk->retry_pending > 0) {
+		disk->round_waiter = ox_fiber_self();
+		ox_fiber_suspend();
 	}
 }
 

@@ -89,6 +89,7 @@ struct ox_disk {
 	unsigned retry_pending; /* queues that have not answered this round yet */
 	bool retry_failed, retry_again;
 	bool stop_announced;
+	struct ox_fiber *round_waiter; /* a deactivation, until the round has ended */
 
 	/* Events from the queues to main: posted once until main has looked. */
 	struct ox_post event_post;
@@ -150,6 +151,9 @@ void ox_disk_hold_request(struct ox_disk_queue *queue, struct ox_request *reques
 /* One of the retry round's requests left the flight. Queue's thread. */
 void ox_disk_retry_ended(struct ox_disk_queue *queue, bool failed);
 void ox_disk_hold_init(struct ox_disk *disk);
+/* No retries any more: waits for the round that is under way.  disk->closing is set; main's
+ * thread. */
+void ox_disk_end_rounds_co(struct ox_disk *disk);
 /* Fails what an export left behind. Queue's thread. */
 void ox_disk_fail_held(struct ox_disk_queue *queue);
 /* Nothing is held or in flight any more. main's thread. */

@@ -203,8 +203,7 @@ def info_is_json_for_any_name():
 @test
 def info_knows_the_other_formats():
     made = {"qcow2": [], "qcow": [], "qed": [], "vmdk": [], "vdi": [], "vpc": [], "vhdx": [],
-            "parallels": [],
-            "luks": ["--object", "secret,id=s,data=abc", "-o", "key-secret=s,iter-time=10"]}
+            "parallels": []}
     for fmt, options in made.items():
         result = run(QEMU_IMG, "create", "-q", "-f", fmt, *options, "x." + fmt, "1M")
         expect(result.returncode == 0, fmt, result.stderr)
@@ -213,6 +212,11 @@ def info_knows_the_other_formats():
         fails(run(OXBOW, "info", "x." + fmt), f"format {fmt} is recognised and not supported")
         fails(run(OXBOW, "info", "-f", fmt, "x." + fmt), f"format {fmt} is recognised")
         expect(b"file format: raw" in succeeds(run(OXBOW, "info", "-f", "raw", "x." + fmt)), fmt)
+    # By hand: qemu-img measures the processor to make one, and fails on a busy machine.
+    with open("x.luks", "wb") as f:
+        f.write(b"LUKS\xba\xbe\0\1")
+        f.truncate(1 << 20)
+    fails(run(OXBOW, "info", "x.luks"), "format luks is recognised and not supported")
     for subformat in ("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse",
                       "twoGbMaxExtentFlat", "streamOptimized"):
         expect(run(QEMU_IMG, "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}",

@@ -275,6 +275,27 @@ static void test_leave_stopped(void **state)
 	fixture_run(leave_stopped_co, NULL);
 }
 
+/* A disk that is left in the middle of a round. */
+static void leave_in_round_co(struct fixture *f)
+{
+	struct call write;
+
+	fail_next(OX_IO_WRITE, ENOSPC, 1000);
+	call_start(f, &write, OX_IO_WRITE, 0, block, 4096);
+	settle_co();
+	ox_disk_continue(f->disk);
+	fixture_deactivate_co(f);
+	assert_true(write.done);
+	assert_int_equal(write.request.result, -EIO);
+	assert_int_equal(f->disk->retry_pending, 0);
+	assert_false(is_stopped(f));
+}
+
+static void test_leave_in_round(void **state)
+{
+	fixture_run(leave_in_round_co, NULL);
+}
+
 /* Continue during a round asks for another one, not for two at a time. */
 static void continue_twice_co(struct fixture *f)
 {
@@ -320,11 +341,11 @@ static void test_held_beyond(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_report),        cmocka_unit_test(test_ignore),
-	        cmocka_unit_test(test_enospc),        cmocka_unit_test(test_timer),
-	        cmocka_unit_test(test_stop_all),      cmocka_unit_test(test_take_held),
-	        cmocka_unit_test(test_leave_stopped), cmocka_unit_test(test_continue_twice),
-	        cmocka_unit_test(test_held_beyond),
+	        cmocka_unit_test(test_report),         cmocka_unit_test(test_ignore),
+	        cmocka_unit_test(test_enospc),         cmocka_unit_test(test_timer),
+	        cmocka_unit_test(test_stop_all),       cmocka_unit_test(test_take_held),
+	        cmocka_unit_test(test_leave_stopped),  cmocka_unit_test(test_leave_in_round),
+	        cmocka_unit_test(test_continue_twice), cmocka_unit_test(test_held_beyond),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

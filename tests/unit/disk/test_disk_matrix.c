@@ -365,6 +365,35 @@ static void test_auto(void **state)
 	run_modes(*state, OX_AIO_AUTO);
 }
 
+/* The sector sizes that a guest gets unless it is told otherwise. */
+static void test_auto_blocks(void **state)
+{
+	struct ox_loop_options loop_options = {.name = "test"};
+	struct host *host = *state;
+	struct ox_error err = {0};
+	struct ox_disk_info info;
+	struct fixture f = {0};
+
+	if (!host->path) {
+		print_message("# %s\n", host->reason);
+		skip();
+	}
+	f.loop = ox_loop_new(&loop_options, &err);
+	f.loops[0] = f.loop;
+	ox_disk_options_init(&f.options);
+	f.options.path = host->path;
+	f.options.cache = OX_CACHE_WRITEBACK;
+	f.options.main = f.loop;
+	f.options.loops = f.loops;
+	f.options.loop_count = 1;
+	assert_int_equal(ox_disk_open(&f.options, &f.disk, &err), 0);
+	ox_disk_get_info(f.disk, &info);
+	assert_int_equal(info.logical_block_size, host->block ? host->block : 512);
+	assert_true(info.physical_block_size >= info.logical_block_size);
+	ox_disk_close(f.disk);
+	ox_loop_free(f.loop);
+}
+
 #define ON_HOSTS(function)                                                        \
 	{#function " on a file", function, setup, teardown, &hosts[0]},           \
 	        {#function " on loop 512", function, setup, teardown, &hosts[1]}, \
@@ -376,7 +405,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 	        ON_HOSTS(test_sync),     ON_HOSTS(test_threads), ON_HOSTS(test_native),
-	        ON_HOSTS(test_io_uring), ON_HOSTS(test_auto),
+	        ON_HOSTS(test_io_uring), ON_HOSTS(test_auto),    ON_HOSTS(test_auto_blocks),
 	};
 	int failed;
 
