@@ -108,7 +108,7 @@ static int resize_offline(const struct resize *resize, struct ox_error *err)
 	};
 	struct ox_image_info info;
 	struct ox_image *image;
-	uint64_t size;
+	uint64_t size = 0;
 	int ret = ox_image_open(resize->path, &options, &image, err);
 
 	if (ret < 0)
@@ -141,7 +141,7 @@ static int resize_through(const struct resize *resize, const struct ox_run_serve
                           struct ox_error *err)
 {
 	OX_FREE char *arguments = NULL;
-	uint64_t size;
+	uint64_t size = 0;
 	int ret;
 
 	if (resize->preallocation != OX_PREALLOC_OFF)

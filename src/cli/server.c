@@ -185,8 +185,8 @@ static int start_threads(struct server *server, struct ox_error *err)
 	server->main = ox_loop_new(&options, err);
 	if (!server->main)
 		return -ENOMEM;
-	server->threads = ox_xcalloc(config->iothreads, sizeof(*server->threads));
-	server->loops = ox_xcalloc(config->iothreads, sizeof(*server->loops));
+	server->threads = ox_xcalloc(config->iothreads, sizeof(struct ox_iothread *));
+	server->loops = ox_xcalloc(config->iothreads, sizeof(struct ox_loop *));
 	options.name = name;
 	options.poll_max_ns = config->poll_max_ns;
 	for (unsigned i = 0; i < config->iothreads; i++) {
@@ -233,7 +233,7 @@ static int open_disks(struct server *server, struct ox_error *err)
 {
 	const struct ox_serve_config *config = server->config;
 
-	server->disks = ox_xcalloc(config->count, sizeof(*server->disks));
+	server->disks = ox_xcalloc(config->count, sizeof(struct ox_disk *));
 	for (unsigned i = 0; i < config->count; i++) {
 		struct ox_disk_options options = config->disks[i].disk;
 		struct ox_error why = {0};
@@ -258,7 +258,7 @@ static int open_exports(struct server *server, struct ox_error *err)
 {
 	const struct ox_serve_config *config = server->config;
 
-	server->exports = ox_xcalloc(config->count, sizeof(*server->exports));
+	server->exports = ox_xcalloc(config->count, sizeof(struct ox_export *));
 	for (unsigned i = 0; i < config->count; i++) {
 		const struct ox_vhost_user_blk_options options = {
 		        .disk = server->disks[i],

@@ -106,6 +106,7 @@ int ox_control_listen(const char *path, int *fd, struct ox_error *err)
 		return ox_error_set(err, errno, "%s: cannot set the mode: %s", path,
 		                    strerror(errno));
 	dir = lock_directory(path);
+	(void)dir; /* until the end of this function */
 	ret = bind(s, (const struct sockaddr *)&address, sizeof(address));
 	if (ret < 0 && errno == EADDRINUSE) {
 		ret = remove_stale(path, err);

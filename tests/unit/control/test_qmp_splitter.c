@@ -103,6 +103,13 @@ static void test_too_deep(void **state)
 	free(found);
 }
 
+/* Without the zero at the end. */
+static void put(char *to, const char *text)
+{
+	while (*text)
+		*to++ = *text++;
+}
+
 static void test_too_long(void **state)
 {
 	size_t length = 2 * OX_QMP_MAX_MESSAGE;
@@ -111,20 +118,20 @@ static void test_too_long(void **state)
 
 	assert_non_null(text);
 	memset(text, 'x', length);
-	memcpy(text, "{\"", 2);
-	memcpy(text + length - 2, "\"}", 2);
-	memcpy(text + length, "{}", 3);
+	put(text, "{\"");
+	put(text + length - 2, "\"}");
+	put(text + length, "{}");
 	found = split(text, length + 2, 4096);
 	assert_string_equal(found, "B|M{}|");
 	free(found);
 
 	/* Exactly the limit is allowed, a byte more is not. */
 	memset(text + 2, 'x', OX_QMP_MAX_MESSAGE);
-	memcpy(text + OX_QMP_MAX_MESSAGE - 2, "\"}", 2);
+	put(text + OX_QMP_MAX_MESSAGE - 2, "\"}");
 	found = split(text, OX_QMP_MAX_MESSAGE, 4096);
 	assert_int_equal(found[0], 'M');
 	free(found);
-	memcpy(text + OX_QMP_MAX_MESSAGE - 2, "x\"}", 3);
+	put(text + OX_QMP_MAX_MESSAGE - 2, "x\"}");
 	found = split(text, OX_QMP_MAX_MESSAGE + 1, 4096);
 	assert_string_equal(found, "B|");
 	free(found);
