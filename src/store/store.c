@@ -30,7 +30,7 @@ static const struct ox_store_ops *const stores[] = {
         &ox_store_file,
         &ox_store_null,
         &ox_store_memory,
-
+        &ox_store_faulty,
 };
 
 /* Finds the store for a name; *path is what is left of the name without the scheme. */

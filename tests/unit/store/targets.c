@@ -75,6 +75,16 @@ static int attach_loop(struct target *target, uint32_t sector, const char **why)
 	return 1;
 }
 
+int target_loop_over(struct target *target, const char *file, uint32_t sector)
+{
+	const char *why;
+
+	memset(target, 0, sizeof(*target));
+	target->loop_fd = -1;
+	snprintf(target->file, sizeof(target->file), "%s", file);
+	return attach_loop(target, sector, &why);
+}
+
 int target_make(struct target *target, enum target_kind kind, uint64_t size, const char **why)
 {
 	int fd;

@@ -22,6 +22,8 @@ void targets_end(void);
 const char *targets_dir(void);
 /* 0; or 1 with the reason why this kind cannot be had here. */
 int target_make(struct target *target, enum target_kind kind, uint64_t size, const char **why);
+/* A loop device over a file that is there; 0, or 1 if there are no loop devices. */
+int target_loop_over(struct target *target, const char *file, uint32_t sector);
 void target_drop(struct target *target);
 
 #endif
