@@ -154,7 +154,8 @@ class Qmp:
 
 
 class Ring:
-    """The least of a vhost-user front end: starts one empty ring, which activates the disk."""
+    """The least of a vhost-user front end: starts one ring, which activates the disk, and makes
+    requests of 4096 bytes one after the other."""
 
     def __init__(self, path):
         self.socket = path if isinstance(path, socket.socket) else socket.socket(socket.AF_UNIX)
@@ -182,12 +183,40 @@ class Ring:
         self.message(5, struct.pack('<IIQQQQ', 1, 0, 0, MIB, 0x100000000, 0), [self.memory])
         self.message(8, struct.pack('<II', 0, 16))
         self.message(10, struct.pack('<II', 0, 0))
-        self.message(9, struct.pack('<IIQQQQ', 0, 0, 0x100000000, 0x100001000, 0x100002000, 0))
+        self.message(9, struct.pack('<IIQQQQ', 0, 0, 0x100000000, 0x100002000, 0x100001000, 0))
         self.message(13, struct.pack('<Q', 0), [self.call])
         self.message(12, struct.pack('<Q', 0), [self.kick])
 
     def stop(self):
         self.message(11, struct.pack('<II', 0, 0), reply=True)
+
+    def submit(self, write, sector=8, data=b'x' * 4096):
+        """Makes a request available; requests in flight: one."""
+        base, header, status, buffer = 0x100000000, 0x10000, 0x10100, 0x11000
+        self.map[header:header + 16] = struct.pack('<IIQ', int(write), 0, sector)
+        self.map[status] = 0xff
+        if write:
+            self.map[buffer:buffer + 4096] = data
+        chain = ((header, 16, 1, 1), (buffer, 4096, 1 if write else 3, 2), (status, 1, 2, 0))
+        for index, (offset, length, flags, following) in enumerate(chain):
+            self.map[16 * index:16 * index + 16] = struct.pack('<QIHH', base + offset, length,
+                                                               flags, following)
+        available, = struct.unpack('<H', self.map[0x1002:0x1004])
+        at = 0x1004 + 2 * (available % 16)
+        self.map[at:at + 2] = struct.pack('<H', 0)
+        self.map[0x1002:0x1004] = struct.pack('<H', (available + 1) & 0xffff)
+        os.eventfd_write(self.kick, 1)
+
+    def done(self):
+        """The status of the request (0: well), None: not complete."""
+        if self.map[0x2002:0x2004] != self.map[0x1002:0x1004]:
+            return None
+        return self.map[0x10100]
+
+    def request(self, write, **more):
+        self.submit(write, **more)
+        wait_until(lambda: self.done() is not None, 'the end of a request')
+        return self.done()
 
     def close(self):
         self.socket.close()
@@ -327,21 +356,27 @@ def signals():
 
 @test
 def second_signal_ends_at_once():
-    """A client of the control socket that does not read its answers delays the end; a second
-    signal does not wait."""
-    image = raw_image('second.raw')
-    with Serve('--vhost-user-blk', 'second.sock', '--control', 'second.qmp', image) as serve, \
-            Qmp('second.qmp') as qmp:
-        # The end is asked for while the answers fill the socket: it waits for the client.
-        qmp.send(b'{"execute":"query-block"}' * 400)
-        wait_until(lambda: select.select([qmp.socket], [], [], 0)[0], 'an answer')
-        serve.send()
-        wait_until(lambda: not os.path.exists('second.qmp'), 'the beginning of the end')
+    """A read that the host never completes keeps the first signal waiting, not the second."""
+    raw_image('second.raw')
+    with open('rules', 'w') as f:
+        f.write('read nth=1 range=4096+4096 never\n')
+    with Serve('--vhost-user-blk', 'second.sock', '--name', 'x',
+               f'faulty:{os.path.abspath("rules")}:second.raw') as serve, \
+            Ring('second.sock') as ring:
+        ring.start()
+        ring.submit(write=False)
+        run_dir = os.environ['OXBOW_RUN_DIR']
+        with Qmp(os.path.join(run_dir, f'{serve.process.pid}.qmp')) as qmp:
+            wait_until(lambda: disk(qmp)['oxbow']['stats']['in-flight'] == 1, 'a request')
+            serve.send()
+            while qmp.receive() is not None:
+                pass
+        time.sleep(0.2)
+        equal(serve.process.poll(), None, 'the first signal waits')
         serve.send()
         status, err = serve.end()
-        assert status == 1 and 'second signal' in err or status == 0, (status, err)
-    if status == 0:
-        raise Skip('the end was quicker than the second signal')
+        equal(status, 1)
+        assert 'second signal' in err, err
 
 
 @test
@@ -678,6 +713,49 @@ def qmp_clients():
         serve.stop()
         deaf.close()
         half.socket.close()
+
+
+@test
+def qmp_errors():
+    """What the error policy does is seen: held requests, events, cont."""
+    raw_image('errors.raw')
+    rules = os.path.abspath('rules')
+
+    def set_rules(text):
+        with open('rules.new', 'w') as f:
+            f.write(text)
+        os.rename('rules.new', 'rules')
+
+    set_rules('write always error=ENOSPC\nread nth=1 range=4096+4096 error=EIO\n')
+    with Serve('--vhost-user-blk', 'q.sock', '--control', 'q.qmp', '--name', 'e', '-f', 'raw',
+               f'faulty:{rules}:errors.raw') as serve, \
+            Qmp('q.qmp') as qmp, Ring('q.sock') as ring:
+        ring.start()
+        equal(ring.request(write=False), 1, 'a read that fails')
+        equal(disk(qmp)['oxbow']['stats']['read']['failed'], 1)
+        ring.submit(write=True)
+        wait_until(lambda: disk(qmp)['oxbow']['stopped'], 'a held request')
+        info = disk(qmp)
+        equal((info['io-status'], info['oxbow']['stats']['held']), ('nospace', 1))
+        equal(qmp.command('query-status')['return'],
+              {'running': False, 'singlestep': False, 'status': 'io-error'})
+        equal([(e['event'], e['data'].get('operation'), e['data']['action'], e['data']['nospace'])
+               for e in qmp.events],
+              [('BLOCK_IO_ERROR', 'read', 'report', False),
+               ('BLOCK_IO_ERROR', None, 'stop', True)])
+        equal(ring.done(), None, 'the guest has not heard')
+        set_rules('')
+        equal(qmp.command('cont'), {'return': {}})
+        wait_until(lambda: ring.done() is not None, 'the end of the held request')
+        equal(ring.done(), 0)
+        wait_until(lambda: disk(qmp)['io-status'] == 'ok', 'ok')
+        wait_until(lambda: disk(qmp) and qmp.events[-1]['event'] == 'RESUME', 'RESUME')
+        equal(qmp.events[-1]['data'], {'device': 'e'})
+        stats = disk(qmp)['oxbow']['stats']
+        equal((stats['write']['operations'], stats['write']['bytes'], stats['held']), (1, 4096, 0))
+        assert stats['write']['latency-ns']['max'] > 0
+        serve.stop()
+    equal(open('errors.raw', 'rb').read()[4096:8192], b'x' * 4096)
 
 
 @test

@@ -88,6 +88,13 @@ bool vu_have_program(const char *name)
 	return system(command) == 0;
 }
 
+/* VU_ONLY=PATTERN runs the tests that match; VU_KEEP=1 leaves the directory. */
+__attribute__((constructor)) static void choose_tests(void)
+{
+	if (getenv("VU_ONLY"))
+		cmocka_set_test_filter(getenv("VU_ONLY"));
+}
+
 static pid_t children[64];
 static unsigned child_count;
 
