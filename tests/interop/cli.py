@@ -192,14 +192,14 @@ class Ring:
 
     def submit(self, write, sector=8, data=b'x' * 4096):
         """Makes a request available; requests in flight: one."""
-        base, header, status, buffer = 0x100000000, 0x10000, 0x10100, 0x11000
+        header, status, buffer = 0x10000, 0x10100, 0x11000  # guest addresses begin at 0
         self.map[header:header + 16] = struct.pack('<IIQ', int(write), 0, sector)
         self.map[status] = 0xff
         if write:
             self.map[buffer:buffer + 4096] = data
         chain = ((header, 16, 1, 1), (buffer, 4096, 1 if write else 3, 2), (status, 1, 2, 0))
         for index, (offset, length, flags, following) in enumerate(chain):
-            self.map[16 * index:16 * index + 16] = struct.pack('<QIHH', base + offset, length,
+            self.map[16 * index:16 * index + 16] = struct.pack('<QIHH', offset, length,
                                                                flags, following)
         available, = struct.unpack('<H', self.map[0x1002:0x1004])
         at = 0x1004 + 2 * (available % 16)
