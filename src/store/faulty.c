@@ -363,7 +363,7 @@ static void faulty_io(struct ox_channel *channel, struct ox_io *io)
 	struct faulty_channel *ch = faulty_channel(channel);
 	struct ox_store *store = channel->store;
 	struct faulty *faulty = store->priv;
-	struct ox_fault_rule rule;
+	struct ox_fault_rule rule = { 0 };
 	struct faulty_io *fio;
 	bool fault;
 
