@@ -13,6 +13,7 @@
 #include "base/text.h"
 #include "oxbow-config.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -148,9 +149,24 @@ static int run(int argc, char **argv)
 	return run_command(command, argc - 1, argv + 1);
 }
 
+/* A program started without one of the three standard descriptors would give its number to the
+ * first file or socket that it opens, and print into it.  What stands in fails when it is used. */
+static void occupy_standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open("/dev/null", O_RDONLY);
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+}
+
 int main(int argc, char **argv)
 {
 	int status, broken;
+
+	occupy_standard_descriptors();
 
 	/* A reader that went away is an error of the write, which is checked. */
 	signal(SIGPIPE, SIG_IGN);

@@ -299,6 +299,9 @@ def full_disk_and_closed_pipe():
         done = run('serve', '--vhost-user-blk', 'full.sock', image, stdout=full)
         equal(done.returncode, 1)
         assert done.stderr.count('standard output') == 1, done.stderr
+    done = run('help', preexec_fn=lambda: os.close(1))
+    equal(done.returncode, 1)
+    assert 'standard output: Bad file descriptor' in done.stderr, done.stderr
     reader, writer = os.pipe()
     os.close(reader)
     done = run('help', stdout=writer)
@@ -377,6 +380,21 @@ def second_signal_ends_at_once():
         status, err = serve.end()
         equal(status, 1)
         assert 'second signal' in err, err
+
+
+@test
+def signal_while_requests_are_held():
+    """The error policy holds a write for ever: the end does not wait for it."""
+    raw_image('held.raw')
+    with open('rules', 'w') as f:
+        f.write('write always error=EIO\n')
+    with Serve('--vhost-user-blk', 'h.sock', '--control', 'h.qmp', '--werror', 'stop',
+               f'faulty:{os.path.abspath("rules")}:held.raw') as serve, \
+            Qmp('h.qmp') as qmp, Ring('h.sock') as ring:
+        ring.start()
+        ring.submit(write=True)
+        wait_until(lambda: disk(qmp)['io-status'] == 'failed', 'a held request')
+        serve.stop()
 
 
 @test
