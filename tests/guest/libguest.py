@@ -638,7 +638,7 @@ class Guest:
     def io_errors(self):
         """What the guest's kernel says about failed I/O: '' is good."""
         return self.run(r"dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|critical .* error"
-                        r"|JBD2.*(error|abort)|hung_task|blocked for more|BUG:|Oops:'")[1]
+                        r"|JBD2.*(error|abort)|hung_task|blocked for more|kernel BUG|Oops:'")[1]
 
     def power_off(self, timeout=60):
         """Asks the guest to power off and waits for QEMU's end."""

@@ -91,6 +91,11 @@ def full(tap):
 
         wait_for(stopped, 'the disk to stop again')
         tap.ok(not job.done(), 'full: and waits again')
+        # QEMU waits for the rings to stop: held requests must not keep it.
+        guest.monitor.execute('stop')
+        guest.monitor.execute('cont')
+        wait_for(stopped, 'the disk to stop again after a pause')
+        tap.ok(not job.done(), 'full: the guest can be paused meanwhile')
         os.unlink(filler[1])
         # Nobody says cont: a timer does.
         wait_for(lambda: going_on() or job.done(), 'going on by itself', 60)
