@@ -299,29 +299,17 @@ static int packed_audit(struct ox_inflight *inflight, uint16_t free_head, uint32
 	return 0;
 }
 
-static int packed_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
-                       struct ox_packed_desc *ring, uint16_t ring_size, struct ox_error *err)
+/* `seen`: a byte for each entry. */
+static int packed_repair(struct ox_inflight *inflight, struct ox_inflight_position *position,
+                         struct ox_packed_desc *ring, uint16_t ring_size, uint8_t *seen,
+                         struct ox_error *err)
 {
 	struct ox_inflight_packed *region = inflight->area;
-	OX_FREE uint8_t *seen = NULL;
 	struct packed_used used;
 	bool rollback = false, wrap;
 	uint16_t free_head;
 	uint32_t at;
 	int rc;
-
-	position->slots = 0;
-	if (!region->version) {
-		packed_fresh(inflight, position);
-		return 0;
-	}
-	if (region->version != VERSION)
-		return inflight_bad(err, "unknown version", region->version);
-	if (region->desc_num != inflight->size)
-		return inflight_bad(err, "another queue size", region->desc_num);
-	seen = calloc(inflight->size, 1);
-	if (!seen)
-		return ox_error_set(err, ENOMEM, "inflight region: out of memory");
 
 	memcpy(&used, &region->used_idx, sizeof(used));
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
@@ -367,6 +355,30 @@ static int packed_open(struct ox_inflight *inflight, struct ox_inflight_position
 	position->avail = (uint16_t)at;
 	position->avail_wrap = wrap;
 	return 0;
+}
+
+static int packed_open(struct ox_inflight *inflight, struct ox_inflight_position *position,
+                       struct ox_packed_desc *ring, uint16_t ring_size, struct ox_error *err)
+{
+	const struct ox_inflight_packed *region = inflight->area;
+	uint8_t *seen;
+	int rc;
+
+	position->slots = 0;
+	if (!region->version) {
+		packed_fresh(inflight, position);
+		return 0;
+	}
+	if (region->version != VERSION)
+		return inflight_bad(err, "unknown version", region->version);
+	if (region->desc_num != inflight->size)
+		return inflight_bad(err, "another queue size", region->desc_num);
+	seen = calloc(inflight->size, 1);
+	if (!seen)
+		return ox_error_set(err, ENOMEM, "inflight region: out of memory");
+	rc = packed_repair(inflight, position, ring, ring_size, seen, err);
+	free(seen);
+	return rc;
 }
 
 int ox_inflight_open(struct ox_inflight *inflight, struct ox_inflight_position *position,

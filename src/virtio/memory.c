@@ -56,8 +56,7 @@ static void region_put(struct ox_region *region)
 
 static struct ox_memory *memory_alloc(unsigned count)
 {
-	struct ox_memory *memory =
-	        ox_xcalloc(1, sizeof(*memory) + count * sizeof(memory->region[0]));
+	struct ox_memory *memory = ox_xcalloc(1, offsetof(struct ox_memory, region[count]));
 
 	memory->references = 1;
 	memory->count = count;

@@ -53,8 +53,9 @@ int ox_packed_init(struct ox_vq *vq, struct ox_error *err)
 static int packed_indirect_load(struct ox_vq *vq, const struct ox_packed_desc *host, uint64_t addr,
                                 struct ox_packed_desc *d)
 {
-	char *to = (char *)d;
-	size_t left = sizeof(*d);
+	struct ox_packed_desc copy = {0};
+	char *to = (char *)&copy;
+	size_t left = sizeof(copy);
 
 	if (ox_likely(host)) {
 		*d = ox_packed_desc_load(host, ox_ring_get16(&host->flags));
@@ -74,9 +75,9 @@ static int packed_indirect_load(struct ox_vq *vq, const struct ox_packed_desc *h
 		left -= part;
 	}
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	d->addr = le64toh(d->addr);
-	d->len = le32toh(d->len);
-	d->flags = le16toh(d->flags);
+	d->addr = le64toh(copy.addr);
+	d->len = le32toh(copy.len);
+	d->flags = le16toh(copy.flags);
 	return 0;
 }
 
@@ -104,7 +105,7 @@ static int packed_walk_indirect(struct ox_vq *vq, struct ox_vq_chain *chain, uin
 			table = (const void *)host;
 	}
 	for (uint32_t i = 0; i < count; i++) {
-		struct ox_packed_desc d;
+		struct ox_packed_desc d = {0};
 		int rc = packed_indirect_load(vq, table ? &table[i] : NULL, addr + i * sizeof(d),
 		                              &d);
 

@@ -32,13 +32,8 @@ static struct slot {
 
 /* No slot at or above was ever used: bounds the handler's search. */
 static unsigned slots_used;
-/* Mappings that were ever broken: while 0, nobody needs to look at flags. */
-static unsigned broken_count;
-
-unsigned ox_sigbus_broken_count(void)
-{
-	return __atomic_load_n(&broken_count, __ATOMIC_RELAXED);
-}
+/* Mappings that are broken now: while 0, nobody needs to look at flags. */
+unsigned ox_sigbus_broken_mappings;
 
 static void sigbus_default(void)
 {
@@ -73,7 +68,7 @@ static void sigbus_handle(int signal, siginfo_t *info, void *context)
 			break;
 		/* Two threads may fault at once: counted once. */
 		if (!__atomic_exchange_n(&slots[i].broken, true, __ATOMIC_ACQ_REL))
-			__atomic_fetch_add(&broken_count, 1, __ATOMIC_RELEASE);
+			__atomic_fetch_add(&ox_sigbus_broken_mappings, 1, __ATOMIC_RELEASE);
 		errno = saved;
 		return;
 	}
@@ -185,7 +180,7 @@ void ox_mapping_unmap(struct ox_mapping *mapping)
 		return;
 	__atomic_store_n(&slots[mapping->slot].base, 1, __ATOMIC_RELEASE);
 	if (__atomic_load_n(&slots[mapping->slot].broken, __ATOMIC_ACQUIRE))
-		__atomic_fetch_sub(&broken_count, 1, __ATOMIC_RELEASE);
+		__atomic_fetch_sub(&ox_sigbus_broken_mappings, 1, __ATOMIC_RELEASE);
 	munmap(mapping->base, mapping->base_size);
 	__atomic_store_n(&slots[mapping->slot].base, 0, __ATOMIC_RELEASE);
 	memset(mapping, 0, sizeof(*mapping));

@@ -53,7 +53,7 @@ int ox_split_init(struct ox_vq *vq, struct ox_error *err)
 /* One entry of an indirect table that lies across regions or is not aligned. */
 static int split_indirect_load(struct ox_vq *vq, uint64_t addr, struct ox_split_desc *d)
 {
-	uint64_t words[2];
+	uint64_t words[2] = {0};
 	char *to = (char *)words;
 	size_t left = sizeof(words);
 
@@ -101,7 +101,7 @@ static int split_walk_indirect(struct ox_vq *vq, struct ox_vq_chain *chain, uint
 	}
 	/* Each round takes one entry, so a loop ends after `count` rounds. */
 	for (uint32_t rounds = count; rounds; rounds--) {
-		struct ox_split_desc d;
+		struct ox_split_desc d = {0};
 		int rc;
 
 		if (ox_likely(table)) {

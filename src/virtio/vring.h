@@ -129,7 +129,11 @@ static inline bool ox_region_holds(const struct ox_region *region, uint64_t addr
 }
 
 /* How many mappings in the process a client has broken: while 0, no flag needs a look. */
-unsigned ox_sigbus_broken_count(void);
+extern unsigned ox_sigbus_broken_mappings;
+static inline unsigned ox_sigbus_broken_count(void)
+{
+	return __atomic_load_n(&ox_sigbus_broken_mappings, __ATOMIC_RELAXED);
+}
 
 /* The inflight region (vhost-user, "Inflight I/O tracking"), host byte order. */
 struct ox_inflight_split_entry {

@@ -43,7 +43,7 @@ void model_init(struct model *model, bool packed, uint16_t size, bool event_idx,
 	model->free_count = size;
 	for (unsigned i = 0; i < size; i++)
 		model->free_id[i] = (uint16_t)(size - 1 - i);
-	model->chain = calloc(size, sizeof(*model->chain));
+	model->chain = calloc(size + 1u, sizeof(*model->chain));
 	assert_non_null(model->chain);
 	model->fd = memfd_create("model", MFD_CLOEXEC);
 	assert_true(model->fd >= 0);
@@ -76,7 +76,7 @@ void *model_host(struct model *model, uint64_t addr)
 void model_write(struct model *model, uint64_t addr, const void *bytes, size_t count)
 {
 	for (size_t i = 0; i < count; i++)
-		*(char *)model_host(model, addr + i) = ((const char *)bytes)[i];
+		memcpy(model_host(model, addr + i), (const char *)bytes + i, 1);
 }
 
 struct ox_vq_config model_config(struct model *model)
@@ -191,7 +191,7 @@ static bool split_offer(struct model *model)
 	struct model_chain made;
 	unsigned direct, max = model->size < 8 ? model->size : 8;
 	bool indirect = model_random(model, 2);
-	uint16_t slot[MODEL_BUFFERS];
+	uint16_t slot[MODEL_BUFFERS] = {0};
 	uint64_t table = 0;
 
 	model_fill(model, &made, max);

@@ -17,7 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* The jump out of packed_open() loses an allocation of its own. */
+/* The jump out of a repair loses an allocation of its own. */
 const char *__lsan_default_suppressions(void);
 const char *__lsan_default_suppressions(void)
 {

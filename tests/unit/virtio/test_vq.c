@@ -638,7 +638,7 @@ static void test_dirty_log(void **state)
 		struct ox_dirty_log *log;
 		struct ox_error err = {0};
 		uint64_t used = packed ? MODEL_RINGS : MODEL_DEVICE;
-		uint64_t event = packed ? MODEL_DEVICE : MODEL_DEVICE;
+		uint64_t event = MODEL_DEVICE;
 		int fd = memfd_create("log", MFD_CLOEXEC);
 
 		assert_int_equal(ftruncate(fd, 4096), 0);
