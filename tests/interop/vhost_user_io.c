@@ -65,7 +65,7 @@ static void test_model(void **state)
 	struct fe *fe;
 
 	if (c->qemu && !vu_have_program("qemu-storage-daemon")) {
-		print_message("qemu-storage-daemon is not installed\n");
+		print_message("# qemu-storage-daemon is not installed\n");
 		skip();
 	}
 	case_options(&o, c);

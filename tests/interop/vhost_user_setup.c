@@ -491,7 +491,7 @@ static void test_status(void **state)
 	fe = vu_front_end(&o);
 	if (!(fe->protocol_features & FE_P_STATUS)) {
 		fe_free(fe);
-		print_message("STATUS is not offered\n");
+		print_message("# STATUS is not offered\n");
 		skip();
 	}
 	vu_check(fe, fe_set_status(fe, 1 | 2));
