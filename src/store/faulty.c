@@ -256,6 +256,17 @@ static void record_completion(struct faulty *faulty, uint64_t index, int result)
 	pthread_mutex_unlock(&faulty->lock);
 }
 
+uint64_t ox_faulty_clock(struct ox_store *store)
+{
+	struct faulty *faulty = store->priv;
+	uint64_t events;
+
+	pthread_mutex_lock(&faulty->lock);
+	events = faulty->events;
+	pthread_mutex_unlock(&faulty->lock);
+	return events;
+}
+
 void ox_faulty_record(struct ox_store *store, bool on)
 {
 	struct faulty *faulty = store->priv;
@@ -363,7 +374,7 @@ static void faulty_io(struct ox_channel *channel, struct ox_io *io)
 	struct faulty_channel *ch = faulty_channel(channel);
 	struct ox_store *store = channel->store;
 	struct faulty *faulty = store->priv;
-	struct ox_fault_rule rule = { 0 };
+	struct ox_fault_rule rule = {0};
 	struct faulty_io *fio;
 	bool fault;
 

@@ -65,6 +65,10 @@ struct ox_faulty_log {
 	size_t count;
 };
 
+/* How many events there were so far: to order what a caller sees among the records.  What the
+ * caller did when this was C came after event C and before event C + 1. */
+uint64_t ox_faulty_clock(struct ox_store *store);
+
 /* Recording is off at open. */
 void ox_faulty_record(struct ox_store *store, bool on);
 /* Moves what was recorded so far to *log; requests still in flight stay "not yet". */
