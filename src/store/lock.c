@@ -281,7 +281,8 @@ static int say_conflict(int fd, enum ox_lock_mode mode, off_t conflict, const ch
 int ox_lock_change(int fd, enum ox_lock_mode held, enum ox_lock_mode mode, uint64_t timeout_ns,
                    const char *name, struct ox_error *err)
 {
-	uint64_t deadline = ox_clock_ns() + timeout_ns;
+	uint64_t now = ox_clock_ns();
+	uint64_t deadline = timeout_ns < UINT64_MAX - now ? now + timeout_ns : UINT64_MAX;
 	off_t conflict = -1;
 	int ret;
 

@@ -2,6 +2,7 @@
 #include "targets.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <linux/loop.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,9 +25,15 @@ void targets_begin(void)
 	}
 }
 
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+	return remove(path);
+}
+
 void targets_end(void)
 {
-	if (rmdir(dir) < 0)
+	/* With what failed tests left behind. */
+	if (nftw(dir, remove_entry, 8, FTW_DEPTH | FTW_PHYS | FTW_MOUNT) < 0)
 		perror(dir);
 }
 

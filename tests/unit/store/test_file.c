@@ -33,7 +33,7 @@ static struct target need_target(enum target_kind kind, uint64_t size)
 	const char *why;
 
 	if (target_make(&target, kind, size, &why)) {
-		print_message("%s\n", why);
+		print_message("# %s\n", why);
 		skip();
 	}
 	return target;
@@ -257,7 +257,7 @@ static void test_zero_tmpfs(void **state)
 	struct user u;
 
 	if (fd < 0 || ftruncate(fd, 1 << 20) < 0) {
-		print_message("no /dev/shm here\n");
+		print_message("# no /dev/shm here\n");
 		skip();
 	}
 	close(fd);
@@ -267,7 +267,7 @@ static void test_zero_tmpfs(void **state)
 	assert_int_equal(user_op(&u, OX_IO_ZERO, 0, 1 << 20, 0), 0);
 	expect_bytes(&u, 0, 1 << 20, 0);
 	if (!(file->lacks & OX_FILE_NO_ZERO_RANGE)) {
-		print_message("this tmpfs knows ZERO_RANGE\n");
+		print_message("# this tmpfs knows ZERO_RANGE\n");
 	} else {
 		file_bytes(path, &allocated);
 		assert_int_equal(allocated, 1 << 20);
@@ -405,7 +405,7 @@ static void test_flush_writeback_error(void **state)
 	assert_int_equal(mkdir(small, 0700), 0);
 	if (mount("none", small, "tmpfs", 0, "size=256k") < 0) {
 		rmdir(small);
-		print_message("mounting is not allowed here\n");
+		print_message("# mounting is not allowed here\n");
 		skip();
 	}
 	snprintf(file, sizeof(file), "%s/backing", small);
@@ -416,7 +416,7 @@ static void test_flush_writeback_error(void **state)
 	if (target_loop_over(&t, file, 512)) {
 		umount(small);
 		rmdir(small);
-		print_message("no loop devices here\n");
+		print_message("# no loop devices here\n");
 		skip();
 	}
 	snprintf(run, sizeof(run), "%s/run", targets_dir());
