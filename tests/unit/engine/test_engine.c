@@ -205,6 +205,62 @@ static void test_all_engines_on_one_loop(void **state)
 	free(batch);
 }
 
+/* --- a completion that arrives while the loop falls asleep -------------------------------- */
+
+struct late {
+	struct ox_poller poller;
+	struct ox_engine *engine;
+	struct ox_engine_op op;
+	bool called;
+};
+
+static int64_t nothing(struct ox_engine_op *op)
+{
+	return 0;
+}
+
+static bool late_poll(struct ox_poller *poller)
+{
+	return false;
+}
+
+/* The loop asks its pollers first, then reaps once more: by then the worker is done. */
+static bool late_sleep(struct ox_poller *poller)
+{
+	struct late *late = ox_container_of(poller, struct late, poller);
+
+	while (late->engine->in_flight &&
+	       !__atomic_load_n(&late->engine->finished, __ATOMIC_SEQ_CST))
+		usleep(100);
+	return false;
+}
+
+static void late_wake(struct ox_poller *poller)
+{
+}
+
+static void late_done(struct ox_engine_op *op)
+{
+	ox_container_of(op, struct late, op)->called = true;
+}
+
+static void test_done_while_falling_asleep(void **state)
+{
+	struct ox_loop_options options = {.name = "test", .poll_max_ns = 0};
+	struct ox_loop *loop = ox_loop_new(&options, NULL);
+	struct late late = {
+	        .poller = {late_poll, late_sleep, late_wake, {0}, NULL},
+	        .engine = ox_loop_engine(loop, OX_AIO_THREADS),
+	        .op = {.opcode = OX_ENGINE_CALL, .call = nothing, .done = late_done},
+	};
+
+	ox_poller_add(loop, &late.poller);
+	ox_engine_submit(late.engine, &late.op);
+	ox_loop_run_until(loop, &late.called); /* hung before the completion was called */
+	ox_poller_remove(&late.poller);
+	ox_loop_free(loop);
+}
+
 /* --- refusals: in a child, a seccomp filter answers a system call with an error ------------- */
 
 static int refuse(long number, int error)
@@ -405,6 +461,7 @@ int main(int argc, char **argv)
 	        cmocka_unit_test(test_operations),
 	        cmocka_unit_test(test_registered_file),
 	        cmocka_unit_test(test_all_engines_on_one_loop),
+	        cmocka_unit_test(test_done_while_falling_asleep),
 	};
 
 	return cmocka_run_group_tests_name("engine", tests, NULL, NULL);
