@@ -15,6 +15,7 @@ proves to start under it and TCG elsewhere.  Commands run in it through a virtio
 
 import base64
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -98,6 +99,9 @@ class Workspace:
                 shutil.rmtree(os.path.join(parent, old), ignore_errors=True)
         self.folder = tempfile.mkdtemp(prefix=f'{name}.{os.getpid()}.', dir=parent)
         self.sockets = tempfile.mkdtemp(prefix='oxbow.')
+        # Where servers and `oxbow resize` meet.
+        os.environ['OXBOW_RUN_DIR'] = os.path.join(self.sockets, 'run')
+        os.mkdir(os.environ['OXBOW_RUN_DIR'], 0o700)
         self.things = []
         self.undo = []
 
@@ -368,6 +372,16 @@ def lock_holders(path, pids):
 
 # --- the guest ------------------------------------------------------------------------------
 
+@functools.lru_cache(None)
+def reconnect():
+    """QEMU tries again each second; since 9.2 that is told in milliseconds."""
+    said = subprocess.run([qemu_program(), '--version'], stdout=subprocess.PIPE, text=True,
+                          check=True).stdout
+    version = re.search(r'version (\d+)\.(\d+)', said)
+    new = version and (int(version.group(1)), int(version.group(2))) >= (9, 2)
+    return 'reconnect-ms=1000' if new else 'reconnect=1'
+
+
 class VhostDisk:
     """A disk on a vhost-user-blk server."""
 
@@ -383,7 +397,7 @@ class VhostDisk:
             device += ',packed=on'
         for key, value in self.properties.items():
             device += f",{key.replace('_', '-')}={value}"
-        return ['-chardev', f'socket,id=vhost{number},path={self.server.path},reconnect=1',
+        return ['-chardev', f'socket,id=vhost{number},path={self.server.path},{reconnect()}',
                 '-device', device]
 
 
