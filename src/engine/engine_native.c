@@ -108,7 +108,7 @@ static unsigned native_submit(struct ox_engine *engine, struct ox_engine_op **fi
 		int rc;
 
 		for (struct ox_engine_op *op = *first;
-		     op && n < ox_min(count - taken, (unsigned)BATCH) && native->free_count;
+		     n < ox_min(count - taken, (unsigned)BATCH) && native->free_count;
 		     op = op->next) {
 			batch[n] = native->free[--native->free_count];
 			prepare(native, batch[n++], op);

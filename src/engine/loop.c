@@ -383,7 +383,7 @@ static void sleep_until_work(struct ox_loop *loop)
 			work |= engine->ops->reap(engine) > 0;
 	}
 	if (!work && loop->fds_unsure)
-		work = handle_fds(loop, 0);
+		handle_fds(loop, 0);
 	else if (!work) {
 		limit = sleep_limit(loop);
 		ox_loop_count(&loop->stats.sleeps, 1);

@@ -7,7 +7,6 @@
 #include "engine/loop_private.h"
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <string.h>
 
 /* --- calls on another loop ------------------------------------------------------------------ */
@@ -236,7 +235,6 @@ static void *iothread_main(void *arg)
 struct ox_iothread *ox_iothread_start(const struct ox_loop_options *options, struct ox_error *err)
 {
 	struct ox_iothread *thread = ox_xcalloc(1, sizeof(*thread));
-	sigset_t all, before;
 	int rc;
 
 	thread->loop = ox_loop_new(options, err);
@@ -244,15 +242,7 @@ struct ox_iothread *ox_iothread_start(const struct ox_loop_options *options, str
 		free(thread);
 		return NULL;
 	}
-	/* Faults stay open: one that is blocked ends the process, whatever its handler. */
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS);
-	sigdelset(&all, SIGSEGV);
-	sigdelset(&all, SIGFPE);
-	sigdelset(&all, SIGILL);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	rc = pthread_create(&thread->thread, NULL, iothread_main, thread);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	rc = ox_thread_create(&thread->thread, NULL, iothread_main, thread);
 	if (rc) {
 		ox_error_set(err, rc, "cannot start an I/O thread: %s", strerror(rc));
 		ox_loop_free(thread->loop);

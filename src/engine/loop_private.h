@@ -7,6 +7,7 @@
 
 #include "engine/engine.h"
 #include "engine/loop.h"
+#include <pthread.h>
 
 #define OX_LOOP_EVENTS 32
 
@@ -94,6 +95,9 @@ void ox_engine_lose(struct ox_engine *engine, const char *why);
  * finished() for each, on the worker's thread. */
 void ox_worker_submit(struct ox_engine_op *first, unsigned count,
                       void (*finished)(struct ox_engine_op *op));
+/* pthread_create() for a thread that signals pass by: those are the main thread's. */
+int ox_thread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *arg),
+                     void *arg);
 /* The blocking system call of an operation: bytes, 0 or -errno. */
 int64_t ox_engine_op_perform(struct ox_engine_op *op);
 

@@ -81,12 +81,29 @@ static void *worker(void *arg)
 	return NULL;
 }
 
+int ox_thread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *arg),
+                     void *arg)
+{
+	sigset_t all, before;
+	int rc;
+
+	/* Faults stay open: one that is blocked ends the process, whatever its handler. */
+	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	sigdelset(&all, SIGSEGV);
+	sigdelset(&all, SIGFPE);
+	sigdelset(&all, SIGILL);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	rc = pthread_create(thread, attr, fn, arg);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return rc;
+}
+
 /* The lock is held. */
 static void start_worker(void)
 {
 	pthread_attr_t attr;
 	pthread_t thread;
-	sigset_t all, before;
 	int rc;
 
 	if (!pool.cond_ready) {
@@ -101,15 +118,7 @@ static void start_worker(void)
 	pthread_attr_init(&attr);
 	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attr, WORKER_STACK);
-	/* Faults stay open: one that is blocked ends the process, whatever its handler. */
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS);
-	sigdelset(&all, SIGSEGV);
-	sigdelset(&all, SIGFPE);
-	sigdelset(&all, SIGILL);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	rc = pthread_create(&thread, &attr, worker, NULL);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	rc = ox_thread_create(&thread, &attr, worker, NULL);
 	pthread_attr_destroy(&attr);
 	if (rc == 0)
 		pool.threads++;
