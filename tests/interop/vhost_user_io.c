@@ -356,8 +356,6 @@ static void test_notifications(void **state)
 	}
 	/* Wanted: each one calls. A driver that sleeps never waits in vain. */
 	for (unsigned i = 0; i < 5000; i++) {
-		int id;
-
 		assert_true(fe_blk_add(vq, VIRTIO_BLK_T_IN, 0, &(struct fe_buf){fe->data_gpa, 512},
 		                       1, NULL) >= 0);
 		if (!fe_vq_enable_call(vq)) {
@@ -365,7 +363,7 @@ static void test_notifications(void **state)
 			while (!fe_vq_enable_call(vq) && fe_vq_pop(vq, NULL, NULL) == -EAGAIN)
 				assert_true(called(vq, 20000));
 		}
-		while ((id = fe_vq_pop(vq, NULL, NULL)) >= 0)
+		while (fe_vq_pop(vq, NULL, NULL) >= 0)
 			;
 		/* Now and then long enough for the back end to go to sleep. */
 		if (i % 500 == 0)
