@@ -185,7 +185,7 @@ def scaling(options):
 def verdict(goal, ratio):
     what, relation, limit = goal
     good = ratio >= limit if relation == '>=' else ratio <= limit
-    return '%s %.2f (%s %.1f)%s' % (what, ratio, relation, limit, '' if good else ' MISSED')
+    return '%s %.2f (%s %.2f)%s' % (what, ratio, relation, limit, '' if good else ' MISSED')
 
 
 def ratio_of(results, key):
