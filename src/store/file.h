@@ -20,13 +20,12 @@
 #define OX_FILE_MAX_TRANSFER (UINT64_C(1) << 30)
 
 /* Ways to write zeroes or discard that turned out to be unavailable here. */
-#define OX_FILE_NO_PUNCH       (1u << 0) /* FALLOC_FL_PUNCH_HOLE */
-#define OX_FILE_NO_ZERO_RANGE  (1u << 1) /* FALLOC_FL_ZERO_RANGE */
-#define OX_FILE_NO_BLKZEROOUT  (1u << 2)
-#define OX_FILE_NO_ALLOCATE    (1u << 3) /* fallocate() of space */
-#define OX_FILE_NO_DISCARD     (1u << 4) /* BLKDISCARD */
-#define OX_FILE_NO_SECDISCARD  (1u << 5) /* BLKSECDISCARD */
-#define OX_FILE_SAID_NO_UNWIND (1u << 6)
+#define OX_FILE_NO_PUNCH      (1u << 0) /* FALLOC_FL_PUNCH_HOLE */
+#define OX_FILE_NO_ZERO_RANGE (1u << 1) /* FALLOC_FL_ZERO_RANGE */
+#define OX_FILE_NO_BLKZEROOUT (1u << 2)
+#define OX_FILE_NO_ALLOCATE   (1u << 3) /* fallocate() of space */
+#define OX_FILE_NO_DISCARD    (1u << 4) /* BLKDISCARD */
+#define OX_FILE_NO_SECDISCARD (1u << 5) /* BLKSECDISCARD */
 
 struct ox_file {
 	struct ox_store *store;

@@ -268,7 +268,8 @@ static inline bool fits_one_transfer(const struct ox_file *file, const struct ox
 
 static uint64_t tail_start_of(const struct ox_file *file)
 {
-	return __atomic_load_n(&file->tail_start, __ATOMIC_RELAXED);
+	/* Acquire: with it comes tail_fd. */
+	return __atomic_load_n(&file->tail_start, __ATOMIC_ACQUIRE);
 }
 
 static void slow_read_fiber(void *arg)

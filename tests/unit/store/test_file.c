@@ -536,10 +536,30 @@ static void test_lock_modes(void **state)
 	target_drop(&t);
 }
 
+static void test_lock_device(void **state)
+{
+	struct target t = need_target(TARGET_LOOP_512, 1 << 20);
+	struct ox_store_options options = {.aio = OX_AIO_SYNC, .lock = OX_LOCK_WRITE};
+	struct ox_error err = {0};
+	struct ox_store *store;
+	char pid_text[32];
+	int release;
+	pid_t child = holder(t.path, OX_LOCK_WRITE, &release);
+
+	assert_int_equal(ox_store_open(t.path, &options, &store, &err), -EAGAIN);
+	snprintf(pid_text, sizeof(pid_text), "(pid %d)", (int)child);
+	assert_non_null(strstr(err.text, pid_text));
+	let_go(child, release);
+	ox_error_clear(&err);
+	assert_int_equal(ox_store_open(t.path, &options, &store, &err), 0);
+	ox_store_close(store);
+	target_drop(&t);
+}
+
 /* A lock that goes away while we wait is ours. */
 static void test_lock_wait(void **state)
 {
-	struct target t = need_target(TARGET_LOOP_512, 1 << 20);
+	struct target t = need_target(TARGET_FILE, 1 << 20);
 	struct ox_store_options options = {
 	        .aio = OX_AIO_SYNC, .lock = OX_LOCK_WRITE, .lock_timeout_ns = 60000000000u};
 	struct ox_error err = {0};
@@ -606,6 +626,7 @@ int main(void)
 	        cmocka_unit_test(test_flush_sticky),
 	        cmocka_unit_test(test_flush_writeback_error),
 	        cmocka_unit_test(test_lock_modes),
+	        cmocka_unit_test(test_lock_device),
 	        cmocka_unit_test(test_lock_wait),
 	        cmocka_unit_test(test_lock_change),
 	};
