@@ -172,7 +172,6 @@ void ox_qmp_unlisten_to_disks(struct ox_qmp *qmp)
 int ox_qmp_new(const struct ox_qmp_options *options, struct ox_qmp **out, struct ox_error *err)
 {
 	struct ox_qmp *qmp = ox_xcalloc(1, sizeof(*qmp));
-	struct stat st;
 	int ret;
 
 	qmp->options = *options;
@@ -180,41 +179,26 @@ int ox_qmp_new(const struct ox_qmp_options *options, struct ox_qmp **out, struct
 	qmp->options.socket_path = qmp->path;
 	TAILQ_INIT(&qmp->sessions);
 	qmp->accept_again.fn = accept_again;
-	qmp->listener.fd = -1;
-	ret = ox_control_listen(qmp->path, &qmp->listener.fd, err);
+	ret = ox_unix_listen(qmp->path, 0600, &qmp->socket, err);
 	if (ret < 0)
 		goto fail;
-	if (lstat(qmp->path, &st) == 0) {
-		qmp->path_dev = st.st_dev;
-		qmp->path_ino = st.st_ino;
-	}
+	qmp->listener.fd = qmp->socket.fd;
 	qmp->listener.events = EPOLLIN;
 	qmp->listener.fn = on_connection;
 	ret = ox_watch_add(options->main, &qmp->listener);
 	if (ret < 0) {
 		ox_error_set(err, -ret, "%s: cannot watch the socket: %s", qmp->path,
 		             strerror(-ret));
-		unlink(qmp->path);
+		ox_unix_listener_close(&qmp->socket);
 		goto fail;
 	}
 	ox_qmp_listen_to_disks(qmp);
 	*out = qmp;
 	return 0;
 fail:
-	if (qmp->listener.fd >= 0)
-		close(qmp->listener.fd);
 	free(qmp->path);
 	free(qmp);
 	return ret;
-}
-
-/* Another server may have put its socket in our place: then it stays. */
-static void remove_socket_file(const struct ox_qmp *qmp)
-{
-	struct stat st;
-
-	if (lstat(qmp->path, &st) == 0 && st.st_dev == qmp->path_dev && st.st_ino == qmp->path_ino)
-		unlink(qmp->path);
 }
 
 void ox_qmp_free_co(struct ox_qmp *qmp)
@@ -225,8 +209,7 @@ void ox_qmp_free_co(struct ox_qmp *qmp)
 	qmp->stopping = true;
 	ox_timer_cancel(&qmp->accept_again);
 	ox_watch_remove(&qmp->listener);
-	remove_socket_file(qmp);
-	close(qmp->listener.fd);
+	ox_unix_listener_close(&qmp->socket);
 	ox_qmp_unlisten_to_disks(qmp);
 	ox_qmp_event(qmp, "SHUTDOWN",
 	             json_pack("{s:b, s:s}", "guest", 0, "reason",

@@ -114,7 +114,7 @@ int ox_qmp_connect(const char *socket_path, struct ox_qmp_client **out, struct o
 
 	client->fd = -1;
 	client->path = ox_xstrdup(socket_path);
-	ret = ox_control_connect(socket_path, &client->fd, err);
+	ret = ox_unix_connect(socket_path, &client->fd, err);
 	if (ret < 0)
 		goto fail;
 	if (setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) < 0 ||

@@ -5,6 +5,7 @@
 #ifndef OX_CONTROL_QMP_INTERNAL_H
 #define OX_CONTROL_QMP_INTERNAL_H
 
+#include "base/unix_socket.h"
 #include "base/fiber.h"
 #include "control/qmp.h"
 #include "control/qmp_splitter.h"
@@ -23,7 +24,7 @@ struct qmp_disk {
 struct ox_qmp {
 	struct ox_qmp_options options;
 	char *path;
-	uint64_t path_dev, path_ino; /* of the socket file that we made */
+	struct ox_unix_listener socket;
 	struct ox_watch listener;
 	struct ox_timer accept_again;
 	TAILQ_HEAD(qmp_sessions, qmp_session) sessions;
@@ -80,11 +81,5 @@ struct qmp_session *ox_qmp_session_next(struct ox_qmp *qmp, struct qmp_session *
 void ox_qmp_session_end_co(struct qmp_session *session, uint64_t deadline);
 /* A session was freed: there is room for another. */
 void ox_qmp_session_freed(struct ox_qmp *qmp);
-
-/* A listening AF_UNIX stream socket of mode 0600; a stale file of a dead program is replaced, one
- * that something listens on is an error (EADDRINUSE). */
-int ox_control_listen(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
-/* Connects; -ECONNREFUSED: the file is stale. */
-int ox_control_connect(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
 
 #endif

@@ -72,7 +72,7 @@ void ox_run_dir_clean(void)
 		if (!pid || kill((pid_t)pid, 0) == 0 || errno != ESRCH)
 			continue;
 		file = ox_xasprintf("%s/%s", path, entry->d_name);
-		if (ox_control_connect(file, &fd, NULL) == -ECONNREFUSED)
+		if (ox_unix_connect(file, &fd, NULL) == -ECONNREFUSED)
 			unlink(file);
 		if (fd >= 0)
 			close(fd);

@@ -12,7 +12,7 @@
  */
 #include "base/fiber.h"
 #include "export/export_private.h"
-#include "export/listen.h"
+#include "base/unix_socket.h"
 #include "export/vhost_user_session.h"
 #include "virtio/vq.h"
 
@@ -221,7 +221,7 @@ static int open_socket(struct blk_export *blk, const struct ox_vhost_user_blk_op
 	*connected = -1;
 	if (options->socket_path) {
 		blk->path = ox_xstrdup(options->socket_path);
-		return ox_unix_listen(options->socket_path, &blk->listener, err);
+		return ox_unix_listen(options->socket_path, 0660, &blk->listener, err);
 	}
 	blk->path = ox_xasprintf("fd %d", options->fd);
 	rc = ox_unix_socket_is_listening(options->fd, err);

@@ -3,20 +3,23 @@
  * Listening Unix sockets: whose socket file is it?
  *
  * A process that was killed leaves its socket file behind, and bind() refuses the name then.
- * connect() tells the two cases apart: it is refused if nobody listens.  The file is removed only
- * after that, and at the end only if it is the very inode that our bind() made: another process
- * may have replaced it meanwhile.
+ * connect() tells the two cases apart: it is refused if nobody listens.  Two programs that start
+ * at the same moment could both find it so, and the one that binds second would remove the
+ * other's file: the directory is locked (flock) from the first bind() on.  At the end the file is
+ * removed only if it is the very inode that our bind() made: another process may have replaced it
+ * meanwhile.
  */
-#include "export/listen.h"
+#include "base/unix_socket.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
-#define BACKLOG 16
+#define BACKLOG 64
 
 static int make_address(const char *path, struct sockaddr_un *address, struct ox_error *err)
 {
@@ -29,6 +32,39 @@ static int make_address(const char *path, struct sockaddr_un *address, struct ox
 		                    "%s: a socket's path has 1 to %zu bytes, this one has %zu",
 		                    path, sizeof(address->sun_path) - 1, length);
 	memcpy(address->sun_path, path, length);
+	return 0;
+}
+
+/* The path's directory, locked against others who replace a stale socket in it; -1 if that is
+ * impossible (then binding will say why). */
+static int lock_directory(const char *path)
+{
+	OX_FREE char *dir = ox_xstrdup(path);
+	char *slash = strrchr(dir, '/');
+	int fd;
+
+	if (slash)
+		slash[slash == dir] = '\0';
+	fd = open(slash ? dir : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd >= 0 && flock(fd, LOCK_EX) < 0) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+int ox_unix_connect(const char *path, int *fd, struct ox_error *err)
+{
+	struct sockaddr_un address;
+	OX_CLOSE int s = -1;
+	int rc = make_address(path, &address, err);
+
+	if (rc < 0)
+		return rc;
+	s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (s < 0 || connect(s, (const struct sockaddr *)&address, sizeof(address)) < 0)
+		return ox_error_set(err, errno, "%s: cannot connect: %s", path, strerror(errno));
+	*fd = ox_steal_fd(&s);
 	return 0;
 }
 
@@ -65,9 +101,10 @@ static int remove_stale(const struct sockaddr_un *address, struct ox_error *err)
 	return 0;
 }
 
-int ox_unix_listen(const char *path, struct ox_unix_listener *listener, struct ox_error *err)
+int ox_unix_listen(const char *path, mode_t mode, struct ox_unix_listener *listener,
+                   struct ox_error *err)
 {
-	OX_CLOSE int fd = -1;
+	OX_CLOSE int fd = -1, dir = -1;
 	struct sockaddr_un address;
 	struct stat st;
 	int rc = make_address(path, &address, err);
@@ -79,8 +116,10 @@ int ox_unix_listen(const char *path, struct ox_unix_listener *listener, struct o
 		return ox_error_set(err, errno, "socket: %s", strerror(errno));
 	/* The file takes its mode from the socket (less the umask): never open to everybody, not
 	 * even between bind() and a chmod(). */
-	if (fchmod(fd, 0660) < 0)
+	if (fchmod(fd, mode) < 0)
 		return ox_error_set(err, errno, "%s: %s", path, strerror(errno));
+	dir = lock_directory(path);
+	(void)dir; /* until the end of this function */
 	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
 		if (errno != EADDRINUSE)
 			return ox_error_set(err, errno, "%s: cannot make the socket: %s", path,

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * Listening Unix sockets.
+ * Unix sockets of servers and their clients.
  */
-#ifndef OX_EXPORT_LISTEN_H
-#define OX_EXPORT_LISTEN_H
+#ifndef OX_BASE_UNIX_SOCKET_H
+#define OX_BASE_UNIX_SOCKET_H
 
 #include "base/base.h"
 #include <oxbow/error.h>
@@ -17,9 +17,11 @@ struct ox_unix_listener {
 };
 
 /* Binds and listens, non-blocking.  A socket file that nobody listens on is replaced; a live one,
- * or a file of another kind, is an error.  The file's mode is at most 0660, less the umask. */
-int ox_unix_listen(const char *path, struct ox_unix_listener *listener, struct ox_error *err)
-        OX_MUST_CHECK;
+ * or a file of another kind, is an error.  The file's mode is `mode`, less the umask. */
+int ox_unix_listen(const char *path, mode_t mode, struct ox_unix_listener *listener,
+                   struct ox_error *err) OX_MUST_CHECK;
+/* A blocking connection; *fd stays as it is on error. */
+int ox_unix_connect(const char *path, int *fd, struct ox_error *err) OX_MUST_CHECK;
 /* Takes a listening socket over. */
 int ox_unix_listen_fd(int fd, struct ox_unix_listener *listener, struct ox_error *err)
         OX_MUST_CHECK;
