@@ -102,6 +102,7 @@ void ox_sleep_co(uint64_t ns);
 /* --- pollers: sources that are asked instead of signalling (virtqueues) ------------------ */
 
 struct ox_poller {
+	/* Required, all three. */
 	/* Does what there is to do; true if there was anything. */
 	bool (*poll)(struct ox_poller *poller);
 	/* The loop is about to sleep: turn notifications on, then look once more; true if there

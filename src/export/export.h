@@ -25,8 +25,9 @@ struct ox_vhost_user_blk_options {
 	void *arg;
 };
 
-/* Listens; clients may connect when it returns.  main's thread (before it runs, or a fiber of
- * it).  A stale socket file of a dead process is replaced; a live one is an error. */
+/* Listens; clients may connect when it returns.  In a fiber of main, which ox_loop_run_fiber()
+ * gives before it runs.  A stale socket file of a dead process is replaced; a live one is an
+ * error. */
 int ox_vhost_user_blk_new(const struct ox_vhost_user_blk_options *options,
                           struct ox_export **export, struct ox_error *err) OX_MUST_CHECK;
 /* Stops listening and disconnects: rings stop, requests in flight are waited for (held ones
