@@ -450,6 +450,9 @@ static void reply_inflight(struct ox_vu_session *s, uint64_t bytes)
 	reply_bytes(s, out, s->message.payload_bytes);
 }
 
+/* QEMU asks for a region by its queue-size property (128), but Debian's 10.0.13 then lets the guest
+ * have rings of 1024 whatever that says.  So the regions that we make have room for the largest
+ * rings, and we know them again by their size: the front end gives that back unchanged. */
 static int get_inflight_fd(struct ox_vu_session *s, struct ox_error *err)
 {
 	const struct ox_vu_message *m = &s->message;
@@ -466,7 +469,8 @@ static int get_inflight_fd(struct ox_vu_session *s, struct ox_error *err)
 		                    m->inflight.queues, m->inflight.queue_size, s->device->queues,
 		                    s->device->queue_size_max);
 	rc = ox_inflight_create(m->inflight.queues, ox_vu_has(s, VIRTIO_F_RING_PACKED),
-	                        m->inflight.queue_size, &s->reply_fd, &bytes, err);
+	                        m->inflight.queue_size ? s->device->queue_size_max : 0,
+	                        &s->reply_fd, &bytes, err);
 	if (rc < 0)
 		return rc;
 	reply_inflight(s, bytes);
@@ -492,6 +496,11 @@ static int set_inflight_fd(struct ox_vu_session *s, struct ox_error *err)
 	s->inflight = mapping;
 	s->inflight_queues = m->inflight.queues;
 	s->inflight_queue_size = m->inflight.queue_size;
+	if (m->inflight.queue_size < s->device->queue_size_max &&
+	    m->inflight.mmap_size ==
+	            m->inflight.queues * ox_inflight_queue_bytes(ox_vu_has(s, VIRTIO_F_RING_PACKED),
+	                                                         s->device->queue_size_max))
+		s->inflight_queue_size = s->device->queue_size_max;
 	for (unsigned i = 0; i < s->device->queues; i++)
 		s->queue[i].failed = false;
 	return 0;

@@ -252,6 +252,15 @@ static int find_inflight(struct ox_vu_session *s, unsigned index, struct ox_vu_r
 
 	if (!s->inflight.host)
 		return 0;
+	/* A guest that has larger rings than its front end knows of loses requests if we are
+	 * killed; without a disk it would lose more. */
+	if (index < s->inflight_queues && setup->config.size > s->inflight_queue_size) {
+		ox_log(OX_LOG_WARNING,
+		       "%s: queue %u has %u entries and its inflight region %u: requests in flight "
+		       "are lost if this process is killed",
+		       s->device->name, index, setup->config.size, s->inflight_queue_size);
+		return 0;
+	}
 	bytes = ox_inflight_queue_bytes(setup->config.packed, s->inflight_queue_size);
 	bytes = ox_align_up(bytes, 64);
 	if (index >= s->inflight_queues || setup->config.size > s->inflight_queue_size ||
