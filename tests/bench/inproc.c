@@ -111,7 +111,7 @@ static void map_memory(struct lane *lane, struct ox_error *err)
 	for (unsigned i = 0; i < lane->fe->region_count; i++) {
 		struct fe_region *r = &lane->fe->region[i];
 		struct ox_region *region;
-		struct ox_memory *larger;
+		struct ox_memory *larger = NULL;
 
 		if (ox_region_map(r->gpa, r->size, r->uva, 0, dup(r->fd), &region, err) < 0 ||
 		    ox_memory_with(lane->memory, region, &larger, err) < 0)
