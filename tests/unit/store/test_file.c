@@ -142,22 +142,52 @@ static void test_truncate_device(void **state)
 	target_drop(&t);
 }
 
+/* A file system of 256 KiB; false (with a message) where nothing can be mounted. */
+static bool mount_small(char *path, size_t size)
+{
+	snprintf(path, size, "%s/small", targets_dir());
+	assert_int_equal(mkdir(path, 0700), 0);
+	if (mount("none", path, "tmpfs", 0, "size=256k") == 0)
+		return true;
+	rmdir(path);
+	print_message("# mounting is not allowed here\n");
+	return false;
+}
+
+static void unmount_small(const char *path)
+{
+	while (umount(path) < 0 && errno == EBUSY)
+		usleep(10000);
+	assert_int_equal(rmdir(path), 0);
+}
+
 /* Preallocation that fails leaves the size alone. */
 static void test_truncate_undone(void **state)
 {
-	struct target t = need_target(TARGET_FILE, 4096);
-	struct ox_error err = {0};
-	struct user u;
+	static const enum ox_preallocation ways[] = {OX_PREALLOC_FALLOC, OX_PREALLOC_FULL};
+	char small[300], path[330];
+	int fd;
 
-	user_open(&u, t.path, &buffered);
-	/* More than any file system here has. */
-	assert_true(ox_store_truncate(u.store, UINT64_C(1) << 43, OX_PREALLOC_FALLOC, NULL, NULL,
-	                              &err) < 0);
-	assert_non_null(strstr(err.text, "cannot be resized"));
-	assert_int_equal(file_bytes(t.path, NULL), 4096);
-	assert_int_equal(u.store->size, 4096);
-	user_close(&u);
-	target_drop(&t);
+	if (!mount_small(small, sizeof(small)))
+		skip();
+	snprintf(path, sizeof(path), "%s/image", small);
+	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	assert_true(fd >= 0);
+	assert_int_equal(ftruncate(fd, 4096), 0);
+	close(fd);
+	for (unsigned i = 0; i < OX_ARRAY_SIZE(ways); i++) {
+		struct ox_error err = {0};
+		struct user u;
+
+		user_open(&u, path, &buffered);
+		assert_int_equal(ox_store_truncate(u.store, 1 << 20, ways[i], NULL, NULL, &err),
+		                 -ENOSPC);
+		assert_non_null(strstr(err.text, "cannot be resized"));
+		assert_int_equal(file_bytes(path, NULL), 4096);
+		assert_int_equal(u.store->size, 4096);
+		user_close(&u);
+	}
+	unmount_small(small);
 }
 
 static void fill(struct user *u, uint8_t value, uint64_t bytes)
@@ -401,21 +431,15 @@ static void test_flush_writeback_error(void **state)
 	struct user u;
 	int fd;
 
-	snprintf(small, sizeof(small), "%s/small", targets_dir());
-	assert_int_equal(mkdir(small, 0700), 0);
-	if (mount("none", small, "tmpfs", 0, "size=256k") < 0) {
-		rmdir(small);
-		print_message("# mounting is not allowed here\n");
+	if (!mount_small(small, sizeof(small)))
 		skip();
-	}
 	snprintf(file, sizeof(file), "%s/backing", small);
 	fd = open(file, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	assert_true(fd >= 0);
 	assert_int_equal(ftruncate(fd, 4 << 20), 0);
 	close(fd);
 	if (target_loop_over(&t, file, 512)) {
-		umount(small);
-		rmdir(small);
+		unmount_small(small);
 		print_message("# no loop devices here\n");
 		skip();
 	}
@@ -435,9 +459,7 @@ static void test_flush_writeback_error(void **state)
 	assert_int_equal(rmdir(run), 0);
 	unsetenv("OXBOW_RUN_DIR");
 	close(t.loop_fd);
-	while (umount(small) < 0 && errno == EBUSY)
-		usleep(10000);
-	assert_int_equal(rmdir(small), 0);
+	unmount_small(small);
 }
 
 /* --- locks --------------------------------------------------------------------------------- */
