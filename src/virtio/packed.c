@@ -48,76 +48,32 @@ int ox_packed_init(struct ox_vq *vq, struct ox_error *err)
 	return 0;
 }
 
-/* Entry `i` of an indirect table: a copy; `host` is NULL when the table lies across regions or is
- * not aligned. */
-static int packed_indirect_load(struct ox_vq *vq, const struct ox_packed_desc *host, uint64_t addr,
-                                struct ox_packed_desc *d)
-{
-	struct ox_packed_desc copy = {0};
-	char *to = (char *)&copy;
-	size_t left = sizeof(copy);
-
-	if (ox_likely(host)) {
-		*d = ox_packed_desc_load(host, ox_ring_get16(&host->flags));
-		return 0;
-	}
-	while (left) {
-		uint64_t part;
-		const void *from =
-		        ox_memory_translate(vq->config.memory, addr, left, &part, &vq->hint);
-
-		if (!from)
-			return ox_vq_break(vq, "indirect table at %#llx is outside memory",
-			                   (unsigned long long)addr);
-		memcpy(to, from, part);
-		to += part;
-		addr += part;
-		left -= part;
-	}
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	d->addr = le64toh(copy.addr);
-	d->len = le32toh(copy.len);
-	d->flags = le16toh(copy.flags);
-	return 0;
-}
-
 /* All entries in order; of their flags only WRITE counts (2.8.7). */
 static int packed_walk_indirect(struct ox_vq *vq, struct ox_vq_chain *chain, uint64_t addr,
                                 uint32_t bytes)
 {
-	const struct ox_region *region;
-	const struct ox_packed_desc *table = NULL;
-	uint32_t count = bytes / sizeof(struct ox_packed_desc);
+	const struct ox_packed_desc *entry;
+	const void *table;
+	uint32_t count;
+	int rc = ox_vq_find_indirect(vq, addr, bytes, &count, &table);
 
-	if (ox_unlikely(!bytes || bytes % sizeof(struct ox_packed_desc)))
-		return ox_vq_break(vq, "indirect table of %u bytes", bytes);
-	if (ox_unlikely(count > OX_VQ_MAX_CHAIN))
-		return ox_vq_break(vq, "indirect table of %u descriptors (limit %u)", count,
-		                   OX_VQ_MAX_CHAIN);
-	if (ox_unlikely(addr + bytes < addr))
-		return ox_vq_break(vq, "indirect table at %#llx wraps around",
-		                   (unsigned long long)addr);
-	region = ox_memory_find(vq->config.memory, addr, bytes, &vq->hint);
-	if (ox_likely(region)) {
-		const char *host = region->host + (addr - region->guest_addr);
+	for (uint32_t i = 0; i < count && rc == 0; i++) {
+		struct ox_packed_desc copy, d;
 
-		if (ox_likely(ox_is_aligned((uintptr_t)host, 8)))
-			table = (const void *)host;
-	}
-	for (uint32_t i = 0; i < count; i++) {
-		struct ox_packed_desc d = {0};
-		int rc = packed_indirect_load(vq, table ? &table[i] : NULL, addr + i * sizeof(d),
-		                              &d);
-
-		if (ox_unlikely(rc < 0))
-			return rc;
+		if (ox_likely(table)) {
+			entry = (const struct ox_packed_desc *)table + i;
+		} else {
+			rc = ox_vq_copy_indirect(vq, addr + i * sizeof(copy), &copy);
+			if (rc < 0)
+				break;
+			entry = &copy;
+		}
+		d = ox_packed_desc_load(entry, ox_ring_get16(&entry->flags));
 		if (ox_unlikely(d.flags & OX_DESC_INDIRECT))
 			return ox_vq_break(vq, "indirect descriptor in an indirect table");
 		rc = ox_vq_add_buffer(vq, chain, d.addr, d.len, d.flags & OX_DESC_WRITE);
-		if (ox_unlikely(rc < 0))
-			return rc;
 	}
-	return 0;
+	return rc;
 }
 
 /* One descriptor of the ring (or of the inflight region): 1 if another follows, 0 at the end. */

@@ -50,66 +50,26 @@ int ox_split_init(struct ox_vq *vq, struct ox_error *err)
 	return 0;
 }
 
-/* One entry of an indirect table that lies across regions or is not aligned. */
-static int split_indirect_load(struct ox_vq *vq, uint64_t addr, struct ox_split_desc *d)
-{
-	uint64_t words[2] = {0};
-	char *to = (char *)words;
-	size_t left = sizeof(words);
-
-	while (left) {
-		uint64_t part;
-		const void *from =
-		        ox_memory_translate(vq->config.memory, addr, left, &part, &vq->hint);
-
-		if (!from)
-			return ox_vq_break(vq, "indirect table at %#llx is outside memory",
-			                   (unsigned long long)addr);
-		memcpy(to, from, part);
-		to += part;
-		addr += part;
-		left -= part;
-	}
-	/* What was copied is what is checked: no second look at the guest's bytes. */
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	*d = ox_split_desc_of(words[0], words[1]);
-	return 0;
-}
-
 static int split_walk_indirect(struct ox_vq *vq, struct ox_vq_chain *chain, uint64_t addr,
                                uint32_t bytes)
 {
-	const struct ox_region *region;
-	const struct ox_split_desc *table = NULL;
-	uint32_t count = bytes / sizeof(struct ox_split_desc);
-	uint32_t i = 0;
+	const void *table;
+	uint32_t count, i = 0;
+	int rc = ox_vq_find_indirect(vq, addr, bytes, &count, &table);
 
-	if (ox_unlikely(!bytes || bytes % sizeof(struct ox_split_desc)))
-		return ox_vq_break(vq, "indirect table of %u bytes", bytes);
-	if (ox_unlikely(count > OX_VQ_MAX_CHAIN))
-		return ox_vq_break(vq, "indirect table of %u descriptors (limit %u)", count,
-		                   OX_VQ_MAX_CHAIN);
-	if (ox_unlikely(addr + bytes < addr))
-		return ox_vq_break(vq, "indirect table at %#llx wraps around",
-		                   (unsigned long long)addr);
-	region = ox_memory_find(vq->config.memory, addr, bytes, &vq->hint);
-	if (ox_likely(region)) {
-		const char *host = region->host + (addr - region->guest_addr);
-
-		if (ox_likely(ox_is_aligned((uintptr_t)host, 8)))
-			table = (const void *)host;
-	}
+	if (ox_unlikely(rc < 0))
+		return rc;
 	/* Each round takes one entry, so a loop ends after `count` rounds. */
 	for (uint32_t rounds = count; rounds; rounds--) {
-		struct ox_split_desc d = {0};
-		int rc;
+		struct ox_split_desc copy, d;
 
 		if (ox_likely(table)) {
-			d = ox_split_desc_load(&table[i]);
+			d = ox_split_desc_load((const struct ox_split_desc *)table + i);
 		} else {
-			rc = split_indirect_load(vq, addr + i * sizeof(d), &d);
+			rc = ox_vq_copy_indirect(vq, addr + i * sizeof(copy), &copy);
 			if (rc < 0)
 				return rc;
+			d = ox_split_desc_load(&copy);
 		}
 		if (ox_unlikely(d.flags & OX_DESC_INDIRECT))
 			return ox_vq_break(vq, "indirect descriptor in an indirect table");

@@ -90,6 +90,29 @@ int ox_vq_add_buffer_slow(struct ox_vq *vq, struct ox_vq_chain *chain, uint64_t 
 	return 0;
 }
 
+int ox_vq_copy_indirect(struct ox_vq *vq, uint64_t addr, void *out)
+{
+	char *to = out;
+	size_t left = OX_DESC_BYTES;
+
+	while (left) {
+		uint64_t part;
+		const void *from =
+		        ox_memory_translate(vq->config.memory, addr, left, &part, &vq->hint);
+
+		if (!from)
+			return ox_vq_break(vq, "indirect table at %#llx is outside memory",
+			                   (unsigned long long)addr);
+		memcpy(to, from, part);
+		to += part;
+		addr += part;
+		left -= part;
+	}
+	/* What was copied is what is checked: no second look at the guest's bytes. */
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	return 0;
+}
+
 static int vq_check_config(const struct ox_vq_config *config, struct ox_error *err)
 {
 	uintptr_t ring_align = config->packed ? 4 : 2;

@@ -266,6 +266,38 @@ static inline int ox_vq_add_buffer(struct ox_vq *vq, struct ox_vq_chain *chain, 
 	return 0;
 }
 
+/* Both rings' descriptors are this long, also in indirect tables. */
+#define OX_DESC_BYTES 16u
+
+/* The indirect table at guest-physical addr: how many entries it has, and its host address, NULL
+ * when it lies across regions or is not aligned (then ox_vq_copy_indirect() reads an entry). */
+static inline int ox_vq_find_indirect(struct ox_vq *vq, uint64_t addr, uint32_t bytes,
+                                      uint32_t *count, const void **table)
+{
+	const struct ox_region *region;
+
+	*count = bytes / OX_DESC_BYTES;
+	*table = NULL;
+	if (ox_unlikely(!bytes || bytes % OX_DESC_BYTES))
+		return ox_vq_break(vq, "indirect table of %u bytes", bytes);
+	if (ox_unlikely(*count > OX_VQ_MAX_CHAIN))
+		return ox_vq_break(vq, "indirect table of %u descriptors (limit %u)", *count,
+		                   OX_VQ_MAX_CHAIN);
+	if (ox_unlikely(addr + bytes < addr))
+		return ox_vq_break(vq, "indirect table at %#llx wraps around",
+		                   (unsigned long long)addr);
+	region = ox_memory_find(vq->config.memory, addr, bytes, &vq->hint);
+	if (ox_likely(region)) {
+		const char *host = region->host + (addr - region->guest_addr);
+
+		if (ox_likely(ox_is_aligned((uintptr_t)host, 8)))
+			*table = host;
+	}
+	return 0;
+}
+/* Copies one entry, in pieces if need be. */
+int ox_vq_copy_indirect(struct ox_vq *vq, uint64_t addr, void *to);
+
 static inline void ox_vq_chain_clear(struct ox_vq_chain *chain)
 {
 	chain->out_count = chain->in_count = 0;
