@@ -3,16 +3,18 @@
 """Compares `oxbow serve` with qemu-storage-daemon, in one run, with one client.
 
     tests/bench/run.py [--build DIR] [--dir DIR] [--rounds N] [--seconds S] [--size MIB]
-                       [--only PATTERN] [--json FILE]
+                       [--only PATTERN] [--json FILE] [--report]
 
 Each cell runs on both back ends in turn (A B, B A, A B, ...), with the same client (vubench, one
-queue, one I/O thread on either side), and its median counts; the spread is (max - min) / median.
+queue, one I/O thread on either side).  Medians count: of each figure, and of the rounds' ratios; the
+spread is (max - min) / median.
 The raw file is made new, written to its end, and opened with O_DIRECT and io_uring by both.
 `--dir` is where it lies (default: the build folder).  Writes of the raw cells go to the same file.
 
 The table's last columns are the ratios to qemu-storage-daemon, against the goals; then fio's
-io_uring engine on the file itself, the scaling of the request path inside the process, and what an
-idle disk costs.  Exit status: 0, or 1 if something could not be measured.
+io_uring engine on the file itself, by turns with the cell that does the same, and the scaling of the
+request path inside the process.  --report writes the results into docs/performance.md and draws
+docs/performance.svg.  Exit status: 0, or 1 if something could not be measured.
 """
 
 import argparse
@@ -45,6 +47,10 @@ CELLS = [
     ('raw write 1m qd1', 'raw', ['--op', 'write', '--bs', '1048576', '--qd', '1']),
     ('raw write 1m qd32', 'raw', ['--op', 'write', '--bs', '1048576', '--qd', '32']),
 ]
+
+# The cell beside which fio runs on the file itself.
+FIO_CELL = 'raw randread 4k qd32'
+
 
 # Which goals a cell has: (what, better than, ratio).
 def goals_of(name, store):
@@ -145,21 +151,33 @@ def summary(runs):
     return middle
 
 
+def median_ratio(ours, theirs):
+    return statistics.median(a / b for a, b in zip(ours, theirs)) if all(theirs) else float('nan')
+
+
 def run_cell(cell, options, image, folder):
-    _, store, arguments = cell
+    name, store, arguments = cell
     runs = {'oxbow': [], 'qemu': []}
+    alone = []
     for number in range(options.rounds):
         order = ['oxbow', 'qemu'] if number % 2 == 0 else ['qemu', 'oxbow']
         for kind in order:
             with BackEnd(kind, store, image, folder, options.build) as back_end:
                 runs[kind].append(measure(options.build, back_end, arguments, options.seconds))
-    return {kind: summary(values) for kind, values in runs.items()}
+        if name == FIO_CELL and shutil.which('fio'):
+            alone.append(fio(options, image))
+    results = {kind: summary(values) for kind, values in runs.items()}
+    results['ratio'] = {key: median_ratio([run[key] for run in runs['oxbow']],
+                                          [run[key] for run in runs['qemu']])
+                        for key in runs['oxbow'][0]}
+    if alone:
+        results['fio'] = {'iops': statistics.median(alone),
+                          'ratio': median_ratio([run['iops'] for run in runs['oxbow']], alone)}
+    return results
 
 
 def fio(options, image):
     """4 KiB random reads at depth 32 by fio's io_uring engine on the file itself."""
-    if not shutil.which('fio'):
-        return None
     done = subprocess.run(
         ['fio', '--name=x', '--filename=' + image, '--direct=1', '--ioengine=io_uring',
          '--rw=randread', '--bs=4k', '--iodepth=32', '--time_based',
@@ -178,19 +196,17 @@ def scaling(options):
                                    str(threads), '--seconds', str(options.seconds), '--json'],
                                   stdout=subprocess.PIPE, text=True, check=True, timeout=120)
             runs[threads].append(json.loads(done.stdout))
-    return {threads: {key: statistics.median(run[key] for run in values)
-                      for key in ('iops', 'cpu')} for threads, values in runs.items()}
+    lanes = {threads: {key: statistics.median(run[key] for run in values)
+                       for key in ('iops', 'cpu')} for threads, values in runs.items()}
+    lanes['ratio'] = {key: median_ratio([run[key] for run in runs[2]],
+                                        [run[key] for run in runs[1]]) for key in ('iops', 'cpu')}
+    return lanes
 
 
 def verdict(goal, ratio):
     what, relation, limit = goal
     good = ratio >= limit if relation == '>=' else ratio <= limit
     return '%s %.2f (%s %.2f)%s' % (what, ratio, relation, limit, '' if good else ' MISSED')
-
-
-def ratio_of(results, key):
-    theirs = results['qemu'][key]
-    return results['oxbow'][key] / theirs if theirs else float('nan')
 
 
 def print_cell(name, results, goals):
@@ -200,12 +216,86 @@ def print_cell(name, results, goals):
               '(user %6.3f, system %6.3f)' % (name, kind, r['iops'], 50 * r['spread'], r['p50_us'],
                                               r['p99_us'], r['cpu'], r['cpu_user'],
                                               r['cpu_system']))
-    rest = ['IOPS %.2f' % ratio_of(results, 'iops'), 'CPU %.2f' % ratio_of(results, 'cpu'),
-            'user %.2f' % ratio_of(results, 'cpu_user'), 'p50 %.2f' % ratio_of(results, 'p50_us')]
+    ratio = results['ratio']
+    rest = ['IOPS %.2f' % ratio['iops'], 'CPU %.2f' % ratio['cpu'],
+            'user %.2f' % ratio['cpu_user'], 'p50 %.2f' % ratio['p50_us']]
     print('%-24s ratio  %s' % (name, ', '.join(rest)))
     for goal in goals:
-        print('%-24s goal   %s' % (name, verdict(goal, ratio_of(results, goal[0]))))
+        print('%-24s goal   %s' % (name, verdict(goal, ratio[goal[0]])))
+    if 'fio' in results:
+        print('%-24s fio    %9.0f IOPS; oxbow/fio %s' % (
+            name, results['fio']['iops'],
+            verdict(('iops', '>=', 0.95), results['fio']['ratio'])))
     sys.stdout.flush()
+
+
+def table(results):
+    """The results as a Markdown table."""
+    lines = ['| cell | Oxbow IOPS | QEMU IOPS | IOPS | CPU | of it user | median latency | p99 |',
+             '|---|---|---|---|---|---|---|---|']
+    for name, cell in results['cells'].items():
+        ratio = cell['ratio']
+        lines.append('| %s | %s | %s | **%.2f** | %.2f | %.2f | %.2f | %.2f |' % (
+            name, format(round(cell['oxbow']['iops']), ','),
+            format(round(cell['qemu']['iops']), ','), ratio['iops'], ratio['cpu'],
+            ratio['cpu_user'], ratio['p50_us'], ratio['p99_us']))
+    return lines
+
+
+def bars(results):
+    """A picture: IOPS and CPU time of Oxbow as ratios to qemu-storage-daemon, QEMU's being 1."""
+    row, left, width, most = 34, 190, 470, 4.0
+    names = list(results['cells'])
+    height = 56 + row * len(names)
+    at = lambda ratio: left + min(ratio, most) / most * width
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 %d" font-family="sans-serif" '
+           'font-size="13">' % height,
+           '<style>text{fill:#333}.i{fill:#2a7ab9}.c{fill:#c98a1b}.l{stroke:#888}'
+           '@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>',
+           '<rect x="%d" y="8" width="12" height="12" class="i"/>'
+           '<text x="%d" y="19">IOPS (more is better)</text>' % (left, left + 18),
+           '<rect x="%d" y="8" width="12" height="12" class="c"/>'
+           '<text x="%d" y="19">CPU per request (less is better)</text>' % (left + 190, left + 208)]
+    for number, name in enumerate(names):
+        y, ratio = 34 + row * number, results['cells'][name]['ratio']
+        out.append('<text x="%d" y="%d" text-anchor="end">%s</text>' % (left - 8, y + 17, name))
+        for kind, value, top in (('i', ratio['iops'], y), ('c', ratio['cpu'], y + 13)):
+            out.append('<rect x="%d" y="%d" width="%.1f" height="11" class="%s"/>'
+                       '<text x="%.1f" y="%d" font-size="11">%.2f</text>' % (
+                           left, top, at(value) - left, kind, at(value) + 4, top + 10, value))
+    out.append('<line x1="%.1f" y1="30" x2="%.1f" y2="%d" class="l" stroke-dasharray="4 3"/>'
+               '<text x="%.1f" y="%d" text-anchor="middle">qemu-storage-daemon = 1</text></svg>'
+               % (at(1), at(1), height - 22, at(1), height - 7))
+    return '\n'.join(out) + '\n'
+
+
+def report(results):
+    page = os.path.join(SOURCE, 'docs/performance.md')
+    lines = ['%s, %d CPUs, Linux %s, %s; %d rounds of %g s. Ratios are Oxbow to QEMU, medians of '
+             'the rounds\'; above 1 is more. `tests/bench/run.py --rounds %d --seconds %g --report` '
+             'made this.' % (results['date'], results['cpus'], results['kernel'],
+                             results['peer'], results['rounds'], results['seconds'],
+                             results['rounds'], results['seconds']), '',
+             '![ratios](performance.svg)', ''] + table(results) + ['']
+    for name, cell in results['cells'].items():
+        if 'fio' in cell:
+            lines += ['fio on the file itself, %s: %s IOPS; Oxbow has **%.2f** of it.' % (
+                name[4:], format(round(cell['fio']['iops']), ','), cell['fio']['ratio']), '']
+    if 'scaling' in results:
+        lanes = results['scaling']
+        lines += ['Rings and drivers inside the I/O threads, null store: %s IOPS with one thread, '
+                  '%s with two: **%.2f** times as many at %.2f times the CPU time a request.' % (
+                      format(round(lanes[1]['iops']), ','), format(round(lanes[2]['iops']), ','),
+                      lanes['ratio']['iops'], lanes['ratio']['cpu']), '']
+    with open(page) as file:
+        text = file.read()
+    begin, rest = text.split('<!-- results -->', 1)
+    end = rest.split('<!-- end of results -->', 1)[1]
+    with open(page, 'w') as file:
+        file.write(begin + '<!-- results -->\n' + '\n'.join(lines) + '<!-- end of results -->' +
+                   end)
+    with open(os.path.join(SOURCE, 'docs/performance.svg'), 'w') as file:
+        file.write(bars(results))
 
 
 def main():
@@ -218,10 +308,16 @@ def main():
     parser.add_argument('--size', type=int, default=2048, help='of the raw file, MiB')
     parser.add_argument('--only', default='*', help="cells to run, e.g. 'raw*qd32'")
     parser.add_argument('--json', help='also write the results there')
+    parser.add_argument('--report', action='store_true',
+                        help='write the results into docs/performance.md and draw them')
     options = parser.parse_args()
     options.build = os.path.abspath(options.build)
     all_results = {'cells': {}, 'rounds': options.rounds, 'seconds': options.seconds,
-                   'kernel': os.uname().release, 'cpus': os.cpu_count()}
+                   'kernel': os.uname().release.split('-')[0], 'cpus': os.cpu_count(),
+                   'date': time.strftime('%Y-%m-%d'),
+                   'peer': subprocess.run(['qemu-storage-daemon', '--version'], text=True,
+                                          stdout=subprocess.PIPE, check=True)
+                           .stdout.splitlines()[0].split(' (')[0]}
     failed = False
 
     with tempfile.TemporaryDirectory(dir=options.dir or options.build, prefix='bench-') as folder:
@@ -241,32 +337,21 @@ def main():
                     continue
                 all_results['cells'][cell[0]] = results
                 print_cell(cell[0], results, goals_of(cell[0], cell[1]))
-        reference = all_results['cells'].get('raw randread 4k qd32')
-        if reference:
-            try:
-                alone = [fio(options, image) for _ in range(options.rounds)]
-            except Failure as failure:
-                alone = [None]
-                failed = True
-                print(failure)
-            if alone[0]:
-                all_results['fio_iops'] = statistics.median(alone)
-                ratio = reference['oxbow']['iops'] / all_results['fio_iops']
-                print('%-24s fio    %9.0f IOPS; oxbow/fio %s' % (
-                    'raw randread 4k qd32', all_results['fio_iops'],
-                    verdict(('iops', '>=', 0.95), ratio)))
     if options.only == '*' or fnmatch.fnmatch('scaling', options.only):
         lanes = scaling(options)
         all_results['scaling'] = lanes
-        for threads, r in lanes.items():
+        for threads in (1, 2):
+            r = lanes[threads]
             print('inside, %d thread%s        %9.0f IOPS, CPU/M %.3f s' % (
                 threads, 's' if threads > 1 else ' ', r['iops'], r['cpu']))
         print('scaling                  goal   %s, %s' % (
-            verdict(('iops', '>=', 1.8), lanes[2]['iops'] / lanes[1]['iops']),
-            verdict(('cpu', '<=', 1.15), lanes[2]['cpu'] / lanes[1]['cpu'])))
+            verdict(('iops', '>=', 1.8), lanes['ratio']['iops']),
+            verdict(('cpu', '<=', 1.15), lanes['ratio']['cpu'])))
     if options.json:
         with open(options.json, 'w') as file:
             json.dump(all_results, file, indent=1)
+    if options.report:
+        report(all_results)
     return 1 if failed else 0
 
 
