@@ -256,8 +256,9 @@ def demo_disk(work, path, write):
                     f'echo 3 >/proc/sys/vm/drop_caches && '
                     f'dd if=/dev/vda bs=4096 skip={block} count=1 | cmp - /tmp/block')
         say('write', 'the last 4 KiB were read, written back as they were, flushed, read again')
-    output = guest.check(fio('/dev/vda', rw='read', bs='1m', size=min(size, GIB) >> 20 << 20 or size,
-                             depth=8, readonly=True) + ' --output-format=json')
+    length = min(size, GIB) >> 20 << 20 or size
+    output = guest.check(fio('/dev/vda', rw='read', bs='1m', size=length, depth=8, readonly=True)
+                         + ' --output-format=json')
     result = fio_result(output)['read']
     say('read', f"{result['io_bytes'] >> 20} MiB in order at {result['bw'] / 1024:,.0f} MiB/s")
     errors = guest.io_errors() if write else ''
@@ -275,8 +276,8 @@ def demo_disk(work, path, write):
     if before:
         if fingerprint(path) != before:
             raise GuestError(f'{path} changed')
-        say('host', f"{path} is unchanged ({'checksum of all of it' if before[3] else 'checksums of both ends'}"
-            ' and time of last change)')
+        what = 'checksum of all of it' if before[3] else 'checksums of both ends'
+        say('host', f'{path} is unchanged ({what} and time of last change)')
 
 
 def main():
