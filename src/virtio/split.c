@@ -294,11 +294,13 @@ void ox_split_set_notify(struct ox_vq *vq, bool on)
 	if (!vq->config.event_idx) {
 		ox_ring_put16(&split_used(vq)->flags, on ? 0 : OX_USED_NO_NOTIFY);
 		ox_vq_log_ring(vq, offsetof(struct ox_split_used, flags), sizeof(uint16_t));
-	} else if (on) {
-		ox_ring_put16(split_avail_event(vq), vq->last_avail);
+	} else {
+		/* Off: an index that the driver is half a turn of the counter away from.  Left
+		 * where it was, the next chain would pass it and kick a device that is awake. */
+		uint16_t event = (uint16_t)(vq->last_avail + (on ? 0 : 0x8000));
+
+		ox_ring_put16(split_avail_event(vq), event);
 		ox_vq_log_ring(vq, offsetof(struct ox_split_used, ring[vq->config.size]),
 		               sizeof(uint16_t));
 	}
-	/* event_idx off: nothing to write, the event index stays behind and the driver passes it
-	 * at most once. */
 }
