@@ -135,6 +135,7 @@ static void lose(struct ox_engine *engine, int rc)
 	struct io_uring_sq *sq = &uring->ring.sq;
 
 	ox_engine_lose(engine, strerror(-rc));
+	engine->loop->fds_watched = false;
 	for (unsigned i = *sq->khead; i != sq->sqe_tail; i++) {
 		struct io_uring_sqe *sqe = &sq->sqes[i & sq->ring_mask];
 
@@ -197,6 +198,7 @@ static unsigned consume(struct ox_engine *engine)
 		count++;
 		if (ox_unlikely(cqe->user_data == POLL_TAG)) {
 			uring->poll_armed = cqe->flags & IORING_CQE_F_MORE;
+			engine->loop->fds_watched = false; /* look now, and see uring_reap() */
 			if (cqe->res == -EINVAL)
 				uring->poll_multishot = false; /* before 5.13 */
 			engine->loop->fd_check_ns = 0;
@@ -232,6 +234,7 @@ static unsigned uring_reap(struct ox_engine *engine)
 		if (flags & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
 			io_uring_get_events(&uring->ring);
 	}
+	engine->loop->fds_watched = uring->poll_armed;
 	return consume(engine);
 }
 

@@ -16,13 +16,17 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
-/* How stale the descriptors may get while the loop is busy and never sleeps. */
+/* How stale the descriptors may get while the loop is busy and never sleeps (and no engine watches
+ * them for it). */
 #define FD_CHECK_NS 50000u
 /* The loop does not wait for the disk by spinning when more than this many operations are in
  * flight: sleeping costs the others little then, and submitting is the same system call. */
 #define SPIN_IN_FLIGHT 2u
 /* What a spin is made longer than the usual wait. */
 #define SPIN_SLACK_NS 2000u
+/* How many waits lie between two tries of spinning while it is not worth it. */
+#define PROBE_EVERY_MIN 8u
+#define PROBE_EVERY_MAX 512u
 
 static _Thread_local struct ox_loop *current_loop;
 
@@ -65,6 +69,7 @@ struct ox_loop *ox_loop_new(const struct ox_loop_options *options, struct ox_err
 
 	snprintf(loop->name, sizeof(loop->name), "%s", options->name ? options->name : "loop");
 	loop->poll_max_ns = options->poll_max_ns;
+	loop->wait[0].probe_every = loop->wait[1].probe_every = PROBE_EVERY_MIN;
 	TAILQ_INIT(&loop->pollers);
 	STAILQ_INIT(&loop->deferred);
 	loop->now = ox_clock_ns();
@@ -284,11 +289,16 @@ static bool handle_fds(struct ox_loop *loop, int timeout_ms)
  * each wait counted as two longest spins at most, so that a few short ones bring polling back).
  * Waiting for the guest (0) and for the disk (1) are two things.  Spinning is worth it when the
  * usual wait is shorter than what a sleep costs in latency; a disk slower than half of the
- * longest spin is not waited for, because it would burn more than it saves. */
+ * longest spin is not waited for, because it would burn more than it saves.
+ *
+ * A wait that was slept through looks longer than it was, by the time that waking up took, which
+ * in a virtual machine is more than a fast guest needs to answer.  So a loop that does not spin
+ * tries it now and then: every eighth wait, and half as often each time that it was in vain. */
 
+/* Would the loop spin, probing aside? */
 static uint64_t spin_ns(const struct ox_loop *loop, unsigned in_flight)
 {
-	uint64_t usual = loop->usual_wait_ns[in_flight > 0];
+	uint64_t usual = loop->wait[in_flight > 0].usual_ns;
 	uint64_t limit = in_flight ? loop->poll_max_ns / 2 : loop->poll_max_ns * 3 / 4;
 
 	if (in_flight > SPIN_IN_FLIGHT || usual > limit)
@@ -296,12 +306,36 @@ static uint64_t spin_ns(const struct ox_loop *loop, unsigned in_flight)
 	return ox_min(loop->poll_max_ns, 2 * usual + SPIN_SLACK_NS);
 }
 
-static void learn_wait(struct ox_loop *loop, unsigned in_flight, uint64_t waited_ns)
+/* A wait begins: how long to spin. */
+static uint64_t begin_wait(struct ox_loop *loop, unsigned in_flight)
 {
-	uint64_t *usual = &loop->usual_wait_ns[in_flight > 0];
+	struct ox_loop_wait *wait = &loop->wait[in_flight > 0];
+	uint64_t spin = spin_ns(loop, in_flight);
+
+	wait->probing = false;
+	if (spin || in_flight > SPIN_IN_FLIGHT)
+		return spin;
+	if (++wait->since_probe < wait->probe_every)
+		return 0;
+	wait->since_probe = 0;
+	wait->probing = true;
+	return loop->poll_max_ns;
+}
+
+/* It ended: by work that the spin found, or (slept) not. */
+static void end_wait(struct ox_loop *loop, unsigned in_flight, uint64_t waited_ns, bool slept)
+{
+	struct ox_loop_wait *wait = &loop->wait[in_flight > 0];
 
 	waited_ns = ox_min(waited_ns, 2 * loop->poll_max_ns);
-	*usual = (*usual * 7 + waited_ns) / 8;
+	if (!wait->probing) {
+		wait->usual_ns = (wait->usual_ns * 7 + waited_ns) / 8;
+	} else if (slept) {
+		wait->probe_every = ox_min(2 * wait->probe_every, PROBE_EVERY_MAX);
+	} else {
+		wait->usual_ns = waited_ns;
+		wait->probe_every = PROBE_EVERY_MIN;
+	}
 }
 
 /* Runs what is there without sleeping; true if there was anything.
@@ -322,7 +356,7 @@ static bool turn(struct ox_loop *loop)
 	progress |= ox_engines_reap(loop);
 	run_deferred(loop);
 	progress |= ox_timers_run(loop);
-	if (loop->now - loop->fd_check_ns > FD_CHECK_NS) {
+	if (!loop->fds_watched && loop->now - loop->fd_check_ns > FD_CHECK_NS) {
 		loop->fd_check_ns = loop->now;
 		progress |= handle_fds(loop, 0);
 		run_deferred(loop);
@@ -417,21 +451,21 @@ static void run(struct ox_loop *loop, const bool *condition)
 		loop->now = ox_clock_ns();
 		if (progress) {
 			if (idle_since)
-				learn_wait(loop, in_flight, loop->now - idle_since);
+				end_wait(loop, in_flight, loop->now - idle_since, false);
 			idle_since = 0;
 			continue;
 		}
 		if (!idle_since) {
 			idle_since = loop->now;
 			in_flight = ox_engines_in_flight(loop);
-			spin = spin_ns(loop, in_flight);
+			spin = begin_wait(loop, in_flight);
 		}
 		if (loop->now - idle_since < spin) {
 			ox_cpu_relax();
 			continue;
 		}
 		sleep_until_work(loop);
-		learn_wait(loop, in_flight, loop->now - idle_since);
+		end_wait(loop, in_flight, loop->now - idle_since, true);
 		idle_since = 0;
 	}
 	run_deferred(loop);

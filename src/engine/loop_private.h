@@ -43,11 +43,16 @@ struct ox_loop {
 	struct epoll_event events[OX_LOOP_EVENTS];
 	int event_index, event_count;
 	uint64_t fd_check_ns; /* when epoll was last asked */
+	bool fds_watched;     /* an engine will say when epoll has something new */
 	bool fds_unsure;      /* epoll answered events: ask again before sleeping */
 
-	uint64_t poll_max_ns;      /* the longest spin */
-	uint64_t usual_wait_ns[2]; /* for the guest, for the disk: see spin_ns() */
-	bool submit_with_sleep;    /* an engine that sleeps for the loop need not submit now */
+	uint64_t poll_max_ns; /* the longest spin */
+	struct ox_loop_wait {
+		uint64_t usual_ns;
+		unsigned since_probe, probe_every;
+		bool probing;
+	} wait[2];              /* for the guest, for the disk: see "adaptive polling" in loop.c */
+	bool submit_with_sleep; /* an engine that sleeps for the loop need not submit now */
 
 	struct ox_loop_stats stats;
 };
