@@ -623,6 +623,40 @@ static void test_flags(void **state)
 	}
 }
 
+/* With event_idx a device that went to sleep once and is awake again is not kicked: the event index
+ * does not stay where the next chain passes it. */
+static void test_awake_after_sleep(void **state)
+{
+	for (int packed = 0; packed < 2; packed++) {
+		static struct device device;
+		struct model model;
+		bool kick;
+
+		model_init(&model, packed, 16, true, 23);
+		device_start(&device, &model);
+		for (unsigned round = 0; round < 40; round++) {
+			assert_false(ox_vq_enable_notify(&device.vq));
+			if (round % 3 == 0) {
+				assert_true(model_offer(&model, &kick));
+				assert_true(kick);
+				assert_true(device_take(&device, &model));
+				device_return(&device, &model, 0);
+				ox_vq_flush(&device.vq);
+				model_reap(&model);
+			}
+			ox_vq_disable_notify(&device.vq);
+			assert_true(model_offer(&model, &kick));
+			assert_false(kick);
+			assert_true(device_take(&device, &model));
+			device_return(&device, &model, 0);
+			ox_vq_flush(&device.vq);
+			model_reap(&model);
+		}
+		ox_vq_destroy(&device.vq);
+		model_free(&model);
+	}
+}
+
 /* --- dirty log ------------------------------------------------------------------------- */
 
 static bool log_has(const struct ox_dirty_log *log, uint64_t addr)
@@ -813,6 +847,7 @@ int main(void)
 	        cmocka_unit_test(test_bad_config),
 	        cmocka_unit_test(test_first_notification),
 	        cmocka_unit_test(test_flags),
+	        cmocka_unit_test(test_awake_after_sleep),
 	        cmocka_unit_test(test_dirty_log),
 	        cmocka_unit_test(test_dirty_log_wrap),
 	        cmocka_unit_test(test_new_memory),
