@@ -287,33 +287,34 @@ static bool handle_fds(struct ox_loop *loop, int timeout_ms)
  *
  * How long to spin before sleeping, decided by how long the last waits were (a moving average,
  * each wait counted as two longest spins at most, so that a few short ones bring polling back).
- * Waiting for the guest (0) and for the disk (1) are two things.  Spinning is worth it when the
- * usual wait is shorter than what a sleep costs in latency; a disk slower than half of the
- * longest spin is not waited for, because it would burn more than it saves.
+ * Waiting for the guest (0: after completions, or with nothing in flight) and for the disk (1) are
+ * two things.  Spinning is worth it when the usual wait is shorter than what a sleep costs in
+ * latency; a disk slower than half of the longest spin, or with more than a few operations in
+ * flight, is not waited for, because it would burn more than it saves.
  *
  * A wait that was slept through looks longer than it was, by the time that waking up took, which
  * in a virtual machine is more than a fast guest needs to answer.  So a loop that does not spin
  * tries it now and then: every eighth wait, and half as often each time that it was in vain. */
 
 /* Would the loop spin, probing aside? */
-static uint64_t spin_ns(const struct ox_loop *loop, unsigned in_flight)
+static uint64_t spin_ns(const struct ox_loop *loop, unsigned kind, unsigned in_flight)
 {
-	uint64_t usual = loop->wait[in_flight > 0].usual_ns;
-	uint64_t limit = in_flight ? loop->poll_max_ns / 2 : loop->poll_max_ns * 3 / 4;
+	uint64_t usual = loop->wait[kind].usual_ns;
+	uint64_t limit = kind ? loop->poll_max_ns / 2 : loop->poll_max_ns * 3 / 4;
 
-	if (in_flight > SPIN_IN_FLIGHT || usual > limit)
+	if ((kind && in_flight > SPIN_IN_FLIGHT) || usual > limit)
 		return 0;
 	return ox_min(loop->poll_max_ns, 2 * usual + SPIN_SLACK_NS);
 }
 
 /* A wait begins: how long to spin. */
-static uint64_t begin_wait(struct ox_loop *loop, unsigned in_flight)
+static uint64_t begin_wait(struct ox_loop *loop, unsigned kind, unsigned in_flight)
 {
-	struct ox_loop_wait *wait = &loop->wait[in_flight > 0];
-	uint64_t spin = spin_ns(loop, in_flight);
+	struct ox_loop_wait *wait = &loop->wait[kind];
+	uint64_t spin = spin_ns(loop, kind, in_flight);
 
 	wait->probing = false;
-	if (spin || in_flight > SPIN_IN_FLIGHT)
+	if (spin || (kind && in_flight > SPIN_IN_FLIGHT))
 		return spin;
 	if (++wait->since_probe < wait->probe_every)
 		return 0;
@@ -322,19 +323,23 @@ static uint64_t begin_wait(struct ox_loop *loop, unsigned in_flight)
 	return loop->poll_max_ns;
 }
 
-/* It ended: by work that the spin found, or (slept) not. */
-static void end_wait(struct ox_loop *loop, unsigned in_flight, uint64_t waited_ns, bool slept)
+/* It ended after waited_ns; `found`: by what it waited for, while it spun.  A completion that comes
+ * while the loop waits for the guest says nothing of the guest: with many operations in flight
+ * there is always one, and spinning from each to the next would burn a core. */
+static void end_wait(struct ox_loop *loop, unsigned kind, uint64_t waited_ns, bool found)
 {
-	struct ox_loop_wait *wait = &loop->wait[in_flight > 0];
+	struct ox_loop_wait *wait = &loop->wait[kind];
 
 	waited_ns = ox_min(waited_ns, 2 * loop->poll_max_ns);
-	if (!wait->probing) {
-		wait->usual_ns = (wait->usual_ns * 7 + waited_ns) / 8;
-	} else if (slept) {
+	if (wait->probing && !found) {
 		wait->probe_every = ox_min(2 * wait->probe_every, PROBE_EVERY_MAX);
-	} else {
+	} else if (wait->probing) {
 		wait->usual_ns = waited_ns;
 		wait->probe_every = PROBE_EVERY_MIN;
+	} else {
+		if (!found)
+			waited_ns = ox_max(waited_ns, loop->poll_max_ns);
+		wait->usual_ns = (wait->usual_ns * 7 + waited_ns) / 8;
 	}
 }
 
@@ -350,10 +355,13 @@ static bool turn(struct ox_loop *loop)
 	ox_loop_count(&loop->stats.turns, 1);
 	fresh = run_posted(loop);
 	fresh |= run_pollers(loop);
-	loop->submit_with_sleep = !fresh && !spin_ns(loop, ox_engines_in_flight(loop));
-	progress = fresh;
-	progress |= ox_engines_flush(loop, !fresh);
+	loop->submit_with_sleep = !fresh && !spin_ns(loop, 1, ox_engines_in_flight(loop));
+	progress = ox_engines_flush(loop, !fresh);
 	progress |= ox_engines_reap(loop);
+	if (fresh || progress)
+		loop->guest_is_next = progress;
+	loop->guest_came = fresh;
+	progress |= fresh;
 	run_deferred(loop);
 	progress |= ox_timers_run(loop);
 	if (!loop->fds_watched && loop->now - loop->fd_check_ns > FD_CHECK_NS) {
@@ -442,7 +450,7 @@ static void run(struct ox_loop *loop, const bool *condition)
 	struct ox_loop *before = ox_loop_enter(loop);
 	uint64_t idle_since = 0; /* 0: the last turn found work */
 	uint64_t spin = 0;
-	unsigned in_flight = 0;
+	unsigned in_flight, kind = 0;
 	bool progress;
 
 	loop->now = ox_clock_ns();
@@ -451,21 +459,24 @@ static void run(struct ox_loop *loop, const bool *condition)
 		loop->now = ox_clock_ns();
 		if (progress) {
 			if (idle_since)
-				end_wait(loop, in_flight, loop->now - idle_since, false);
+				end_wait(loop, kind, loop->now - idle_since,
+				         kind || loop->guest_came);
 			idle_since = 0;
 			continue;
 		}
 		if (!idle_since) {
 			idle_since = loop->now;
 			in_flight = ox_engines_in_flight(loop);
-			spin = begin_wait(loop, in_flight);
+			kind = in_flight && !loop->guest_is_next;
+			spin = begin_wait(loop, kind, in_flight);
 		}
 		if (loop->now - idle_since < spin) {
 			ox_cpu_relax();
 			continue;
 		}
+		loop->guest_is_next = false; /* it had its time */
 		sleep_until_work(loop);
-		end_wait(loop, in_flight, loop->now - idle_since, true);
+		end_wait(loop, kind, loop->now - idle_since, false);
 		idle_since = 0;
 	}
 	run_deferred(loop);

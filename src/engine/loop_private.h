@@ -52,6 +52,8 @@ struct ox_loop {
 		unsigned since_probe, probe_every;
 		bool probing;
 	} wait[2];              /* for the guest, for the disk: see "adaptive polling" in loop.c */
+	bool guest_is_next;     /* the last work was completions: the guest may answer them */
+	bool guest_came;        /* this turn's work came from outside */
 	bool submit_with_sleep; /* an engine that sleeps for the loop need not submit now */
 
 	struct ox_loop_stats stats;
