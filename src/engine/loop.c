@@ -19,9 +19,6 @@
 /* How stale the descriptors may get while the loop is busy and never sleeps (and no engine watches
  * them for it). */
 #define FD_CHECK_NS 50000u
-/* The loop does not wait for the disk by spinning when more than this many operations are in
- * flight: sleeping costs the others little then, and submitting is the same system call. */
-#define SPIN_IN_FLIGHT 2u
 /* What a spin is made longer than the usual wait. */
 #define SPIN_SLACK_NS 2000u
 /* How many waits lie between two tries of spinning while it is not worth it. */
@@ -289,32 +286,32 @@ static bool handle_fds(struct ox_loop *loop, int timeout_ms)
  * each wait counted as two longest spins at most, so that a few short ones bring polling back).
  * Waiting for the guest (0: after completions, or with nothing in flight) and for the disk (1) are
  * two things.  Spinning is worth it when the usual wait is shorter than what a sleep costs in
- * latency; a disk slower than half of the longest spin, or with more than a few operations in
- * flight, is not waited for, because it would burn more than it saves.
+ * latency; a disk whose next completion usually takes longer than half of the longest spin is not
+ * waited for, because it would burn more than it saves.
  *
  * A wait that was slept through looks longer than it was, by the time that waking up took, which
  * in a virtual machine is more than a fast guest needs to answer.  So a loop that does not spin
  * tries it now and then: every eighth wait, and half as often each time that it was in vain. */
 
 /* Would the loop spin, probing aside? */
-static uint64_t spin_ns(const struct ox_loop *loop, unsigned kind, unsigned in_flight)
+static uint64_t spin_ns(const struct ox_loop *loop, unsigned kind)
 {
 	uint64_t usual = loop->wait[kind].usual_ns;
 	uint64_t limit = kind ? loop->poll_max_ns / 2 : loop->poll_max_ns * 3 / 4;
 
-	if ((kind && in_flight > SPIN_IN_FLIGHT) || usual > limit)
+	if (usual > limit)
 		return 0;
 	return ox_min(loop->poll_max_ns, 2 * usual + SPIN_SLACK_NS);
 }
 
 /* A wait begins: how long to spin. */
-static uint64_t begin_wait(struct ox_loop *loop, unsigned kind, unsigned in_flight)
+static uint64_t begin_wait(struct ox_loop *loop, unsigned kind)
 {
 	struct ox_loop_wait *wait = &loop->wait[kind];
-	uint64_t spin = spin_ns(loop, kind, in_flight);
+	uint64_t spin = spin_ns(loop, kind);
 
 	wait->probing = false;
-	if (spin || (kind && in_flight > SPIN_IN_FLIGHT))
+	if (spin)
 		return spin;
 	if (++wait->since_probe < wait->probe_every)
 		return 0;
@@ -355,7 +352,7 @@ static bool turn(struct ox_loop *loop)
 	ox_loop_count(&loop->stats.turns, 1);
 	fresh = run_posted(loop);
 	fresh |= run_pollers(loop);
-	loop->submit_with_sleep = !fresh && !spin_ns(loop, 1, ox_engines_in_flight(loop));
+	loop->submit_with_sleep = !fresh && !spin_ns(loop, 1);
 	progress = ox_engines_flush(loop, !fresh);
 	progress |= ox_engines_reap(loop);
 	if (fresh || progress)
@@ -450,7 +447,7 @@ static void run(struct ox_loop *loop, const bool *condition)
 	struct ox_loop *before = ox_loop_enter(loop);
 	uint64_t idle_since = 0; /* 0: the last turn found work */
 	uint64_t spin = 0;
-	unsigned in_flight, kind = 0;
+	unsigned kind = 0;
 	bool progress;
 
 	loop->now = ox_clock_ns();
@@ -466,9 +463,8 @@ static void run(struct ox_loop *loop, const bool *condition)
 		}
 		if (!idle_since) {
 			idle_since = loop->now;
-			in_flight = ox_engines_in_flight(loop);
-			kind = in_flight && !loop->guest_is_next;
-			spin = begin_wait(loop, kind, in_flight);
+			kind = ox_engines_in_flight(loop) && !loop->guest_is_next;
+			spin = begin_wait(loop, kind);
 		}
 		if (loop->now - idle_since < spin) {
 			ox_cpu_relax();
