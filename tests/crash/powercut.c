@@ -387,7 +387,7 @@ static void run_scenario(const struct scenario *scenario, uint64_t seed, unsigne
 int main(int argc, char **argv)
 {
 	bool is_long = getenv("OXBOW_LONG") != NULL;
-	unsigned rounds = is_long ? 40 : 4, samples = is_long ? 24 : 6;
+	unsigned rounds = is_long ? 12 : 4, samples = is_long ? 12 : 6;
 	uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : ox_clock_ns() | 1;
 	struct tally total = {0};
 	int failed = 0;
