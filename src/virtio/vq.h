@@ -28,7 +28,7 @@
 struct ox_inflight;
 
 struct ox_vq_config {
-	bool packed, event_idx, indirect, in_order_unused;
+	bool packed, event_idx, indirect;
 	uint16_t size;            /* entries; split: a power of two */
 	struct ox_memory *memory; /* a reference is taken */
 	/* Host pointers: descriptor area, driver area (avail ring / driver event suppression),
