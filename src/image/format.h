@@ -117,6 +117,7 @@ struct ox_format_ops {
 
 struct ox_create_word {
 	const char *name, *help; /* for -o help, as qemu-img words it where it has the option */
+	const char *type; /* as it stands there: "size", "num", "bool (on/off)"; NULL: "str" */
 };
 
 /* All optional. */
