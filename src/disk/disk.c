@@ -93,6 +93,11 @@ static void image_options(const struct ox_disk *disk, bool locked, struct ox_ima
 	                                disk->logical_block_size ? disk->logical_block_size : 512,
 	                        .opener = options->opener,
 	                },
+	        .allow = {.dirs = options->allow_dirs},
+	        .metadata_cache = options->metadata_cache,
+	        .discard_no_unref = options->discard_no_unref,
+	        .secrets = options->secrets,
+	        .key_secret = options->key_secret,
 	};
 }
 
@@ -110,6 +115,7 @@ static void learn(struct ox_disk *disk, const struct ox_image *image)
 	snprintf(disk->aio_reason, sizeof(disk->aio_reason), "%s", image->store->aio_reason);
 	disk->dev = image->store->dev;
 	disk->ino = image->store->ino;
+	ox_disk_learn_layers(disk, image);
 }
 
 static bool is_block_device(const char *path)
@@ -201,6 +207,7 @@ static int check_options(const struct ox_disk_options *options, struct ox_error 
 
 static void free_disk(struct ox_disk *disk)
 {
+	ox_disk_forget_layers(disk);
 	free(disk->queues);
 	free(disk->name);
 	free(disk->path);

@@ -39,6 +39,13 @@ struct ox_disk_options {
 	unsigned loop_count;
 	struct ox_opener *opener;
 	uint64_t lock_timeout_ns; /* default 10 s */
+	/* The image's chain; what these point to outlives the disk.  `allow_dirs`: where backing and
+	 * data files may lie besides the image's own directory; NULL-terminated, may be NULL. */
+	const char *const *allow_dirs;
+	uint64_t metadata_cache; /* bytes, 0: OX_METADATA_CACHE */
+	bool discard_no_unref;   /* a discarded cluster keeps its place in the file */
+	const struct ox_secrets *secrets;
+	const char *key_secret; /* which of them is this image's; NULL: none */
 };
 void ox_disk_options_init(struct ox_disk_options *options);
 
@@ -56,6 +63,16 @@ int ox_disk_activate_co(struct ox_disk *disk, struct ox_error *err) OX_MUST_CHEC
  * flushes unless unsafe, closes and unlocks.  main's thread. */
 void ox_disk_deactivate_co(struct ox_disk *disk);
 
+/* One image of a disk's chain. */
+struct ox_disk_layer {
+	char *path;
+	const char *format;
+	uint64_t size;         /* bytes */
+	uint64_t cluster_size; /* bytes; 1: the format has none */
+	bool encrypted;
+	char *backing_file, *backing_format; /* as the header says; NULL: none, not said */
+};
+
 struct ox_disk_info {
 	const char *name, *path, *format, *serial;
 	uint64_t size; /* bytes */
@@ -65,13 +82,18 @@ struct ox_disk_info {
 	enum ox_cache cache;
 	enum ox_aio aio; /* chosen at the last activation or probe */
 	const char *aio_reason;
+	enum ox_detect_zeroes detect_zeroes;
 	bool read_only, active;
 	bool writeback; /* the guest's write cache is on */
 	bool discard, write_zeroes, secure_erase, zero_unmaps;
 	bool rotational;
 	bool stopped;      /* requests are held */
 	int stop_error;    /* errno of the first held one */
+	uint8_t stop_op;   /* its enum ox_io_op */
 	uint64_t dev, ino; /* of the file or device, for finding a server by its image */
+	/* The image and its backing images, as last opened; valid until the caller suspends. */
+	const struct ox_disk_layer *layers;
+	unsigned layer_count;
 };
 /* main's thread. Strings live as long as the disk. */
 void ox_disk_get_info(struct ox_disk *disk, struct ox_disk_info *info);

@@ -32,6 +32,7 @@ void ox_disk_get_info(struct ox_disk *disk, struct ox_disk_info *info)
 	        .cache = disk->options.cache,
 	        .aio = disk->aio,
 	        .aio_reason = disk->aio_reason,
+	        .detect_zeroes = disk->options.detect_zeroes,
 	        .read_only = disk->options.read_only,
 	        .active = disk->image != NULL,
 	        .writeback = __atomic_load_n(&disk->writeback, __ATOMIC_RELAXED),
@@ -42,8 +43,11 @@ void ox_disk_get_info(struct ox_disk *disk, struct ox_disk_info *info)
 	        .rotational = limits->rotational,
 	        .stopped = __atomic_load_n(&disk->stopped, __ATOMIC_RELAXED),
 	        .stop_error = __atomic_load_n(&disk->stop_error, __ATOMIC_RELAXED),
+	        .stop_op = __atomic_load_n(&disk->stop_op, __ATOMIC_RELAXED),
 	        .dev = disk->dev,
 	        .ino = disk->ino,
+	        .layers = disk->layers,
+	        .layer_count = disk->layer_count,
 	};
 }
 

@@ -104,8 +104,10 @@ bool ox_disk_fail_request(struct ox_disk_queue *queue, struct ox_request *reques
 		if (!(request->disk_phase & OX_PHASE_RETRY))
 			report(disk, request, error, "held and tried again until it succeeds");
 		put_on_hold(queue, request);
-		if (!__atomic_exchange_n(&disk->stopped, true, __ATOMIC_RELAXED))
+		if (!__atomic_exchange_n(&disk->stopped, true, __ATOMIC_RELAXED)) {
 			__atomic_store_n(&disk->stop_error, error, __ATOMIC_RELAXED);
+			__atomic_store_n(&disk->stop_op, request->disk_op, __ATOMIC_RELAXED);
+		}
 		ox_disk_post_event(disk, OX_EVENT_STOPPED);
 		ox_disk_end_flight(queue, request->disk_phase, true);
 		return true;

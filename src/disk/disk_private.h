@@ -69,6 +69,7 @@ struct ox_disk {
 	bool writeback;   /* the guest's write cache is on */
 	bool stopped;     /* error policy: what changes data is held */
 	int stop_error;   /* errno of the request that stopped the disk */
+	uint8_t stop_op;  /* and what it was (enum ox_io_op) */
 	uint64_t dirtied; /* generation of the last switch to write-through (release/acquire) */
 	uint64_t cleaned; /* the newest generation that a flush has made durable */
 
@@ -82,6 +83,8 @@ struct ox_disk {
 	enum ox_aio aio;
 	char aio_reason[128];
 	uint64_t dev, ino;
+	struct ox_disk_layer *layers; /* disk_layers.c */
+	unsigned layer_count;
 	TAILQ_HEAD(, ox_disk_listener) listeners;
 	struct ox_disk_listener *notify_next;
 	struct ox_timer retry_timer;
@@ -158,6 +161,10 @@ void ox_disk_end_rounds_co(struct ox_disk *disk);
 void ox_disk_fail_held(struct ox_disk_queue *queue);
 /* Nothing is held or in flight any more. main's thread. */
 void ox_disk_hold_reset(struct ox_disk *disk);
+
+/* disk_layers.c. main's thread. */
+void ox_disk_learn_layers(struct ox_disk *disk, const struct ox_image *image);
+void ox_disk_forget_layers(struct ox_disk *disk);
 
 /* disk_events.c */
 void ox_disk_events_init(struct ox_disk *disk);
