@@ -150,12 +150,17 @@ static void on_progress(void *arg, uint64_t done, uint64_t total)
 static int create(const struct create_args *args)
 {
 	struct progress progress = {.on = args->progress && !args->quiet};
+	struct ox_create_option prealloc = {
+	        .name = (char *)"preallocation",
+	        .value = (char *)(uintptr_t)ox_preallocation_name(args->prealloc)};
 	struct ox_error err = {0};
 	struct ox_image_create_options options = {
 	        .path = args->path,
 	        .format = args->format,
 	        .size = args->size,
-	        .preallocation = args->prealloc,
+	        .has_size = true,
+	        .options = &prealloc,
+	        .option_count = args->have_prealloc ? 1 : 0,
 	        .progress = on_progress,
 	        .progress_arg = &progress,
 	};
@@ -176,6 +181,7 @@ static int create(const struct create_args *args)
 			print_progress(100);
 		printf("\n");
 	}
+	ox_image_create_options_free(&options);
 	return rc < 0 ? ox_cli_fail(&err) : 0;
 }
 

@@ -46,7 +46,7 @@ struct resize {
 	const char *path, *format;
 	enum size_kind kind;
 	uint64_t size;
-	bool shrink, quiet;
+	bool shrink, quiet, opened;
 	enum ox_preallocation preallocation;
 };
 
@@ -94,7 +94,18 @@ static int new_size(const struct resize *resize, uint64_t now, uint64_t *size, s
 	return 0;
 }
 
-static int resize_offline(const struct resize *resize, struct ox_error *err)
+static int resize_image_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	struct resize *resize = arg;
+	uint64_t size;
+	int ret;
+
+	resize->opened = true;
+	ret = new_size(resize, ox_image_of(channel)->size, &size, err);
+	return ret < 0 ? ret : ox_image_resize_co(channel, size, resize->preallocation, err);
+}
+
+static int resize_offline(struct resize *resize, struct ox_error *err)
 {
 	const struct ox_image_options options = {
 	        .format = resize->format,
@@ -106,21 +117,10 @@ static int resize_offline(const struct resize *resize, struct ox_error *err)
 	                        .opener = &ox_opener_direct,
 	                },
 	};
-	struct ox_image_info info;
-	struct ox_image *image;
-	uint64_t size = 0;
-	int ret = ox_image_open(resize->path, &options, &image, err);
+	int ret = ox_image_with(resize->path, &options, resize_image_co, resize, err);
 
-	if (ret < 0)
-		return ret;
-	ret = ox_image_get_info(image, &info, err);
-	if (ret == 0)
-		ret = new_size(resize, info.virtual_size, &size, err);
-	if (ret == 0)
-		ret = ox_image_resize(image, size, resize->preallocation, err);
-	ox_image_close(image);
 	/* Only the lock's error leads on to a server. */
-	return ret == -EAGAIN ? -EIO : ret;
+	return ret == -EAGAIN && resize->opened ? -EIO : ret;
 }
 
 /* As the stores name files and devices. */
@@ -172,7 +172,7 @@ static int resize_online(const struct resize *resize, long *pid, struct ox_error
 	return ret;
 }
 
-static int resize_image(const struct resize *resize, struct ox_error *err)
+static int resize_image(struct resize *resize, struct ox_error *err)
 {
 	struct ox_error locked = {0};
 	long pid = 0;

@@ -10,9 +10,9 @@
  * host or program may have its turn with the image.  What it knew is read anew at the next
  * activation.
  *
- * Ordering of a deactivation: drain, flush, detach, close (which drops the lock).  The flush comes
- * also where the cache mode made every write durable by itself: it costs little, and a next user
- * on another host reads from the device below.
+ * Ordering of a deactivation: drain, flush, finish, detach, close (which drops the lock).  The
+ * flush comes also where the cache mode made every write durable by itself: it costs little, and a
+ * next user on another host reads from the device below.
  *
  * Locking: all on main's thread, where fibers take turns through change_gate (activation,
  * deactivation, resize) and, within it or alone, drain_gate.
@@ -271,7 +271,7 @@ int ox_disk_open(const struct ox_disk_options *options, struct ox_disk **out, st
 	rc = choose_blocks(disk, image, err);
 	if (rc < 0)
 		goto fail;
-	disk->format = ox_xstrdup(image->ops->name);
+	disk->format = ox_xstrdup(ox_image_format_name(image));
 	disk->size = guest_size(disk, image);
 	ox_image_close(image);
 	*out = disk;
@@ -346,11 +346,11 @@ static void attach_queue(void *arg)
 		call->queue->channel = channel;
 }
 
-static void detach_queue(void *arg)
+static void detach_queue_co(void *arg)
 {
 	struct ox_disk_queue *queue = ((struct queue_call *)arg)->queue;
 
-	ox_image_detach(queue->channel);
+	ox_image_detach_co(queue->channel);
 	queue->channel = NULL;
 }
 
@@ -359,7 +359,7 @@ static void detach_all_co(struct ox_disk *disk)
 	for (unsigned i = 0; i < disk->queue_count; i++) {
 		struct queue_call call = {.queue = &disk->queues[i]};
 
-		ox_loop_call_co(call.queue->loop, detach_queue, &call);
+		ox_loop_call_fiber_co(call.queue->loop, detach_queue_co, &call);
 	}
 }
 
@@ -420,10 +420,37 @@ static void flush_queue_co(void *arg)
 	call->result = ox_disk_flush_queue_co(call->queue);
 }
 
-static void deactivate_last_co(struct ox_disk *disk)
+static void finish_image_co(void *arg)
+{
+	struct queue_call *call = arg;
+
+	call->result = ox_image_finish_co(call->queue->channel);
+}
+
+/* The image as a whole file again: nothing of it is in memory only.  Also where flushes are
+ * ignored, since what the guest wrote must be there for the next user. */
+static void finish_last_co(struct ox_disk *disk)
 {
 	struct queue_call flush = {.queue = &disk->queues[0]};
+	struct queue_call finish = {.queue = &disk->queues[0]};
 
+	if (!disk->unsafe)
+		ox_loop_call_fiber_co(flush.queue->loop, flush_queue_co, &flush);
+	if (flush.result < 0)
+		ox_log(OX_LOG_ERROR,
+		       "%s: the last flush failed: %s; what the guest had not flushed itself "
+		       "may be lost",
+		       disk->name, strerror(-flush.result));
+	ox_loop_call_fiber_co(finish.queue->loop, finish_image_co, &finish);
+	if (finish.result < 0)
+		ox_log(OX_LOG_ERROR,
+		       "%s: the image could not be closed cleanly: %s; what the guest had not "
+		       "flushed itself may be lost",
+		       disk->name, strerror(-finish.result));
+}
+
+static void deactivate_last_co(struct ox_disk *disk)
+{
 	disk->closing = true;
 	ox_disk_end_rounds_co(disk);
 	ox_disk_drain_co(disk);
@@ -434,14 +461,8 @@ static void deactivate_last_co(struct ox_disk *disk)
 	}
 	/* What was failed now, and what a release started before the drain's turn. */
 	ox_disk_drain_co(disk);
-	if (!disk->unsafe && !disk->options.read_only) {
-		ox_loop_call_fiber_co(flush.queue->loop, flush_queue_co, &flush);
-		if (flush.result < 0)
-			ox_log(OX_LOG_ERROR,
-			       "%s: the last flush failed: %s; what the guest had not flushed itself "
-			       "may be lost",
-			       disk->name, strerror(-flush.result));
-	}
+	if (!disk->options.read_only)
+		finish_last_co(disk);
 	detach_all_co(disk);
 	ox_disk_close_image_co(disk->image);
 	disk->image = NULL;

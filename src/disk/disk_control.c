@@ -102,22 +102,24 @@ void ox_disk_reset_writeback(struct ox_disk *disk)
 /* --- resize ----------------------------------------------------------------------------------- */
 
 struct resize_call {
-	struct ox_image *image;
+	struct ox_image_channel *channel;
 	uint64_t size;
 	struct ox_error *err;
+	int result;
 };
 
-static int resize_in_worker(void *arg)
+static void resize_channel_co(void *arg)
 {
 	struct resize_call *call = arg;
 
-	return ox_image_resize(call->image, call->size, OX_PREALLOC_OFF, call->err);
+	call->result = ox_image_resize_co(call->channel, call->size, OX_PREALLOC_OFF, call->err);
 }
 
-static int resize_image_co(struct ox_disk *disk, struct ox_image *image, uint64_t size, bool shrink,
-                           struct ox_error *err)
+static int resize_image_co(struct ox_disk *disk, struct ox_image *image,
+                           struct ox_image_channel *channel, struct ox_loop *loop, uint64_t size,
+                           bool shrink, struct ox_error *err)
 {
-	struct resize_call call = {.image = image, .size = size, .err = err};
+	struct resize_call call = {.channel = channel, .size = size, .err = err};
 	uint64_t old = __atomic_load_n(&disk->size, __ATOMIC_RELAXED);
 	int rc;
 
@@ -131,7 +133,8 @@ static int resize_image_co(struct ox_disk *disk, struct ox_image *image, uint64_
 		__atomic_store_n(&disk->size, size, __ATOMIC_RELAXED);
 		ox_disk_drain_co(disk);
 	}
-	rc = ox_worker_call_co(resize_in_worker, &call);
+	ox_loop_call_fiber_co(loop, resize_channel_co, &call);
+	rc = call.result;
 	if (rc < 0)
 		__atomic_store_n(&disk->size, old, __ATOMIC_RELAXED);
 	else if (size < old)
@@ -141,9 +144,35 @@ static int resize_image_co(struct ox_disk *disk, struct ox_image *image, uint64_
 	return rc;
 }
 
+/* The disk is inactive: opens the image for the moment. */
+static int resize_closed_co(struct ox_disk *disk, uint64_t size, bool shrink, struct ox_error *err)
+{
+	struct ox_loop *loop = ox_loop_current();
+	struct ox_image_channel *channel;
+	struct ox_image *image;
+	int finished, rc;
+
+	rc = ox_disk_open_image_co(disk, &image, err);
+	if (rc < 0)
+		return rc;
+	rc = ox_image_attach(image, loop, &channel, err);
+	if (rc == 0) {
+		/* Another program may have changed it since we looked. */
+		ox_disk_publish_size(disk, image);
+		rc = resize_image_co(disk, image, channel, loop, size, shrink, err);
+		finished = ox_image_finish_co(channel);
+		if (rc == 0 && finished < 0)
+			rc = ox_error_set(err, -finished, "%s: cannot be closed cleanly: %s",
+			                  disk->name, strerror(-finished));
+		ox_image_detach_co(channel);
+	}
+	ox_disk_close_image_co(image);
+	return rc;
+}
+
 int ox_disk_resize_co(struct ox_disk *disk, uint64_t size, bool shrink, struct ox_error *err)
 {
-	struct ox_image *image;
+	struct ox_disk_queue *first = &disk->queues[0];
 	int rc;
 
 	if (!ox_is_aligned(size, disk->logical_block_size))
@@ -153,17 +182,11 @@ int ox_disk_resize_co(struct ox_disk *disk, uint64_t size, bool shrink, struct o
 	if (disk->options.read_only)
 		return ox_error_set(err, EROFS, "%s: is read-only, its size stays", disk->name);
 	ox_gate_enter_co(&disk->change_gate);
-	if (disk->image) {
-		rc = resize_image_co(disk, disk->image, size, shrink, err);
-	} else {
-		rc = ox_disk_open_image_co(disk, &image, err);
-		if (rc == 0) {
-			/* Another program may have changed it since we looked. */
-			ox_disk_publish_size(disk, image);
-			rc = resize_image_co(disk, image, size, shrink, err);
-			ox_disk_close_image_co(image);
-		}
-	}
+	if (disk->image)
+		rc = resize_image_co(disk, disk->image, first->channel, first->loop, size, shrink,
+		                     err);
+	else
+		rc = resize_closed_co(disk, size, shrink, err);
 	ox_gate_leave(&disk->change_gate);
 	return rc;
 }

@@ -31,6 +31,11 @@ static struct {
 	unsigned threads, idle;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+/* This thread is a worker.  What a worker submits while it does something that blocks (an image's
+ * opening turns a private loop) it carries out itself: if all workers waited for one another's
+ * turn, none would ever come. */
+static __thread bool is_worker;
+
 static void push_job(struct job job)
 {
 	if (pool.count == pool.room) {
@@ -52,6 +57,7 @@ static void *worker(void *arg)
 	struct timespec until;
 
 	pthread_setname_np(pthread_self(), "ox-worker");
+	is_worker = true;
 	pthread_mutex_lock(&pool.lock);
 	for (;;) {
 		struct job job;
@@ -132,6 +138,16 @@ void ox_worker_submit(struct ox_engine_op *first, unsigned count,
 	struct ox_engine_op *op = first;
 	bool stranded;
 
+	if (is_worker) {
+		for (unsigned i = 0; i < count; i++) {
+			struct ox_engine_op *next = op->next;
+
+			op->result = ox_engine_op_perform(op);
+			finished(op);
+			op = next;
+		}
+		return;
+	}
 	pthread_mutex_lock(&pool.lock);
 	for (unsigned i = 0; i < count; i++) {
 		struct ox_engine_op *next = op->next;

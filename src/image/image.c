@@ -17,8 +17,7 @@
  * Locking: none. A channel belongs to its loop's thread; of the image only `size` and
  * `guard_said` change while channels exist, and both are atomic.
  */
-#include "image/image.h"
-#include "base/fiber.h"
+#include "image/generic.h"
 #include "base/iov.h"
 #include <errno.h>
 #include <limits.h>
@@ -31,23 +30,22 @@
  * guest's list aligned for the host's O_DIRECT. */
 #define GUARD_COPY 4096u
 
-struct ox_image_channel {
-	struct ox_image *image;
-	struct ox_loop *loop;
-	struct ox_channel *store;
-	unsigned in_flight;
-};
-
-static uint64_t image_size(const struct ox_image *image)
-{
-	return __atomic_load_n(&image->size, __ATOMIC_RELAXED);
-}
-
 static void image_finish(struct ox_request *request, int result)
 {
-	request->channel->in_flight--;
+	struct ox_image_channel *channel = request->channel;
+	unsigned side = request->image_phase;
+	struct ox_fiber *waiter = NULL;
+
+	channel->in_flight[side]--;
+	if (ox_unlikely(channel->grace_waiter != NULL) && side != channel->phase &&
+	    channel->in_flight[side] == 0) {
+		waiter = channel->grace_waiter;
+		channel->grace_waiter = NULL;
+	}
 	request->result = result;
 	request->image_done(request);
+	if (ox_unlikely(waiter != NULL))
+		ox_fiber_resume(waiter);
 }
 
 /* --- the slow path ----------------------------------------------------------------------- */
@@ -70,26 +68,17 @@ static int move_part_co(struct ox_request *request, const struct list *list, uin
 	io->length = bytes;
 	io->iov = part;
 	io->iovcnt = list ? ox_iov_slice(list->iov, list->count, at, bytes, part) : 0;
-	return ox_store_submit_co(request->channel->store, io);
+	return ox_store_submit_co(request->channel->data, io);
 }
 
-struct prepare_call {
-	struct ox_image *image;
-	uint64_t offset, length;
-};
-
-static int prepare_in_worker(void *arg)
+static int prepare_co(struct ox_request *request, uint64_t offset, uint64_t length)
 {
-	struct prepare_call *call = arg;
+	struct ox_image_channel *channel = request->channel;
+	struct ox_allocation a = {.offset = offset, .length = length};
 
-	return call->image->ops->prepare(call->image, call->offset, call->length);
-}
-
-static int prepare_co(struct ox_image *image, uint64_t offset, uint64_t length)
-{
-	struct prepare_call call = {.image = image, .offset = offset, .length = length};
-
-	return image->ops->prepare ? ox_worker_call_co(prepare_in_worker, &call) : -ENOTSUP;
+	if (!channel->image->ops->prepare_co)
+		return -ENOTSUP;
+	return channel->image->ops->prepare_co(channel, &a);
 }
 
 static int read_or_write_co(struct ox_request *request, const struct list *list, struct iovec *part)
@@ -107,8 +96,8 @@ static int read_or_write_co(struct ox_request *request, const struct list *list,
 			return rc;
 		extent.length = ox_min(extent.length, left);
 		if (extent.kind == OX_EXTENT_ZERO && request->op == OX_IO_WRITE) {
-			rc = prepare_co(image, request->offset + at, extent.length);
-			if (rc < 0)
+			rc = prepare_co(request, request->offset + at, extent.length);
+			if (rc < 0 && rc != -EAGAIN)
 				return rc;
 			continue; /* and look again: it is data now */
 		}
@@ -163,10 +152,10 @@ static int read_sector_co(struct ox_request *request, uint8_t *sector)
 	struct iovec iov = {.iov_base = sector, .iov_len = FIRST_SECTOR};
 	struct list list = {.iov = &iov, .count = 1};
 	struct iovec part;
-	struct ox_request read = {
-	        .op = OX_IO_READ,
-	        .length = ox_min((uint64_t)FIRST_SECTOR, image_size(request->channel->image)),
-	        .channel = request->channel};
+	struct ox_request read = {.op = OX_IO_READ,
+	                          .length = ox_min((uint64_t)FIRST_SECTOR,
+	                                           ox_image_size_now(request->channel->image)),
+	                          .channel = request->channel};
 
 	memset(sector, 0, FIRST_SECTOR);
 	return read_or_write_co(&read, &list, &part);
@@ -260,10 +249,11 @@ void ox_image_submit(struct ox_image_channel *channel, struct ox_request *reques
 	struct ox_extent extent = {.store_offset = 0};
 
 	request->channel = channel;
-	channel->in_flight++;
+	request->image_phase = (uint8_t)channel->phase;
+	channel->in_flight[channel->phase]++;
 	if (request->op != OX_IO_FLUSH) {
 		if (ox_unlikely(!ox_range_within(request->offset, request->length,
-		                                 image_size(image)))) {
+		                                 ox_image_size_now(image)))) {
 			image_finish(request, -EIO);
 			return;
 		}
@@ -289,32 +279,5 @@ void ox_image_submit(struct ox_image_channel *channel, struct ox_request *reques
 	io->iov = request->iov;
 	io->iovcnt = request->iovcnt;
 	io->done = hit_done;
-	ox_store_submit(channel->store, io);
-}
-
-/* --- channels ------------------------------------------------------------------------------ */
-
-int ox_image_attach(struct ox_image *image, struct ox_loop *loop, struct ox_image_channel **out,
-                    struct ox_error *err)
-{
-	struct ox_image_channel *channel = ox_xcalloc(1, sizeof(*channel));
-	int rc;
-
-	channel->image = image;
-	channel->loop = loop;
-	rc = ox_store_attach(image->store, loop, &channel->store, err);
-	if (rc < 0) {
-		free(channel);
-		return rc;
-	}
-	*out = channel;
-	return 0;
-}
-
-void ox_image_detach(struct ox_image_channel *channel)
-{
-	if (!channel)
-		return;
-	ox_store_detach(channel->store);
-	free(channel);
+	ox_store_submit(channel->data, io);
 }

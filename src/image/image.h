@@ -229,6 +229,11 @@ void ox_image_info_free(struct ox_image_info *info);
 /* The path that a name in the header of the image at `path` means. malloc'd. */
 char *ox_image_resolve_name(const char *path, const char *name);
 
+/* The path of a file that the header of the image at image_path names, if it may be opened;
+ * otherwise an error that says what to do.  May block. */
+int ox_image_allowed_name(const struct ox_allow *allow, const char *image_path, const char *name,
+                          char **path, struct ox_error *err) OX_MUST_CHECK;
+
 /* Suspends.  No requests beyond a smaller size are in flight. `size`: a multiple of 512. */
 int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
                        enum ox_preallocation prealloc, struct ox_error *err) OX_MUST_CHECK;
@@ -255,8 +260,12 @@ const struct ox_format_ops *ox_format_find(const char *name);
 /* "raw qcow2 ..." for messages; the array ends with NULL. */
 const char *const *ox_format_names(void);
 
+/* "raw", "qcow2", ... */
+const char *ox_image_format_name(const struct ox_image *image);
+
 int ox_image_attach(struct ox_image *image, struct ox_loop *loop, struct ox_image_channel **channel,
                     struct ox_error *err) OX_MUST_CHECK;
+struct ox_image *ox_image_of(const struct ox_image_channel *channel);
 /* No requests are in flight.  Suspends until the format's work in the background has ended;
  * channel's loop. */
 void ox_image_detach_co(struct ox_image_channel *channel);

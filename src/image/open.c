@@ -5,9 +5,10 @@
  * Everything here may block and is called without requests in flight on what it changes: in a
  * worker, or before the loops run.
  */
-#include "image/image.h"
+#include "image/generic.h"
 #include "base/text.h"
 #include <errno.h>
+#include <jansson.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -73,6 +74,55 @@ static int choose_format(struct ox_image *image, const char *path,
 	return 0;
 }
 
+struct load {
+	struct ox_image *image;
+	const struct ox_image_options *options;
+	struct ox_error *err;
+	int result;
+};
+
+static void load_co(struct ox_loop *loop, void *arg)
+{
+	struct load *load = arg;
+	struct ox_image_channel channel = {.image = load->image, .loop = loop};
+
+	load->result = ox_store_attach(load->image->store, loop, &channel.store, load->err);
+	if (load->result < 0)
+		return;
+	load->result = load->image->ops->open_co(&channel, load->options, load->err);
+	ox_image_wait_background_co(&channel);
+	ox_store_detach(channel.store);
+}
+
+/* Lets the format read what it needs to know, on a loop that is only there for that. */
+static int load(struct ox_image *image, const struct ox_image_options *options,
+                struct ox_error *err)
+{
+	struct load load = {.image = image, .options = options, .err = err};
+	int rc;
+
+	image->data = image->store;
+	rc = ox_image_run_private(load_co, &load, err);
+	if (rc == 0)
+		rc = load.result;
+	if (rc < 0)
+		return rc;
+	image->begun = !image->ops->begin_co;
+	return 0;
+}
+
+static void free_image(struct ox_image *image)
+{
+	if (image->ops)
+		image->ops->close(image);
+	ox_store_close(image->store);
+	ox_image_generic_free(image->generic);
+	free(image->backing_file);
+	free(image->backing_format);
+	free(image->data_file);
+	free(image);
+}
+
 int ox_image_open(const char *path, const struct ox_image_options *options, struct ox_image **out,
                   struct ox_error *err)
 {
@@ -83,21 +133,22 @@ int ox_image_open(const char *path, const struct ox_image_options *options, stru
 	if (options->format && !ox_format_find(options->format))
 		return no_driver(path, options->format, err);
 	image = ox_xcalloc(1, sizeof(*image));
+	image->options = *options;
 	image->read_only = options->store.read_only;
+	image->generic = ox_image_generic_new();
 	rc = ox_store_open(path, &options->store, &image->store, err);
 	if (rc < 0)
 		goto fail;
 	rc = choose_format(image, path, options, err);
 	if (rc < 0)
 		goto fail;
-	rc = image->ops->open(image, err);
+	rc = load(image, options, err);
 	if (rc < 0)
 		goto fail;
 	*out = image;
 	return 0;
 fail:
-	ox_store_close(image->store);
-	free(image);
+	free_image(image);
 	return rc;
 }
 
@@ -105,9 +156,12 @@ void ox_image_close(struct ox_image *image)
 {
 	if (!image)
 		return;
-	image->ops->close(image);
-	ox_store_close(image->store);
-	free(image);
+	free_image(image);
+}
+
+const char *ox_image_format_name(const struct ox_image *image)
+{
+	return image->ops->name;
 }
 
 /* What the file takes on its file system; a device, or a store without a file, takes nothing. */
@@ -126,32 +180,35 @@ static uint64_t allocated_bytes(const struct ox_store *store)
 
 int ox_image_get_info(struct ox_image *image, struct ox_image_info *info, struct ox_error *err)
 {
-	*info = (struct ox_image_info){
-	        .format = image->ops->name,
-	        .virtual_size = __atomic_load_n(&image->size, __ATOMIC_RELAXED),
-	        .actual_size = allocated_bytes(image->store),
-	};
-	return 0;
-}
-
-int ox_image_resize(struct ox_image *image, uint64_t size, enum ox_preallocation prealloc,
-                    struct ox_error *err)
-{
+	const struct ox_format_maintenance *m = image->ops->maintenance;
 	int rc;
 
-	if (image->read_only)
-		return ox_error_set(err, EROFS, "%s: opened read-only, its size stays",
-		                    image->store->path);
-	if (!image->ops->resize)
-		return ox_error_set(err, ENOTSUP, "%s: %s images cannot be resized by this version",
-		                    image->store->path, image->ops->name);
-	if (!ox_is_aligned(size, 512) || size > INT64_MAX)
-		return ox_error_set(err, EINVAL,
-		                    "%s: a disk's size is a multiple of 512 bytes, %llu is not",
-		                    image->store->path, (unsigned long long)size);
-	rc = image->ops->resize(image, size, prealloc, err);
+	*info = (struct ox_image_info){
+	        .format = image->ops->name,
+	        .virtual_size = ox_image_size_now(image),
+	        .actual_size = allocated_bytes(image->store),
+	        .cluster_size = image->cluster_size > 1 ? (uint32_t)image->cluster_size : 0,
+	        .encrypted = image->crypto != NULL,
+	};
+	if (image->backing_file) {
+		info->backing_file = ox_xstrdup(image->backing_file);
+		info->full_backing_file =
+		        ox_image_resolve_name(image->store->path, image->backing_file);
+	}
+	if (image->backing_format)
+		info->backing_format = ox_xstrdup(image->backing_format);
+	rc = m && m->info ? m->info(image, info, err) : 0;
 	if (rc < 0)
-		return rc;
-	__atomic_store_n(&image->size, size, __ATOMIC_RELAXED);
-	return 0;
+		ox_image_info_free(info);
+	return rc;
+}
+
+void ox_image_info_free(struct ox_image_info *info)
+{
+	free(info->backing_file);
+	free(info->full_backing_file);
+	free(info->backing_format);
+	json_decref(info->snapshots);
+	json_decref(info->format_specific);
+	*info = (struct ox_image_info){.format = NULL};
 }

@@ -18,7 +18,7 @@
 
 #include "base/fiber.h"
 #include "base/iov.h"
-#include "image/image.h"
+#include "image/format.h"
 #include "store/memory.h"
 
 struct fixture {
@@ -82,44 +82,37 @@ static void spy_write(struct ox_channel *channel, struct ox_io *io)
 	fixture.real->write(channel, io);
 }
 
-struct body {
-	void (*fn_co)(void);
-	const char *path;
-	struct ox_image_options options;
-};
-
 static void body_co(void *arg)
 {
-	struct body *body = arg;
+	void (**fn_co)(void) = arg;
 	struct ox_error err = {0};
 
-	if (ox_image_open(body->path, &body->options, &fixture.image, &err) < 0)
+	assert_int_equal(ox_image_attach(fixture.image, fixture.loop, &fixture.channel, &err), 0);
+	(*fn_co)();
+	ox_image_detach_co(fixture.channel);
+}
+
+static void run(void (*fn_co)(void), const char *name, const char *format, bool read_only)
+{
+	struct ox_loop_options loop_options = {.name = "test"};
+	struct ox_image_options options = {
+	        .format = format,
+	        .store = {.read_only = read_only,
+	                  .aio = OX_AIO_THREADS,
+	                  .lock = read_only ? OX_LOCK_READ : OX_LOCK_WRITE}};
+	struct ox_error err = {0};
+
+	memset(&fixture, 0, sizeof(fixture));
+	fixture.loop = ox_loop_new(&loop_options, NULL);
+	if (ox_image_open(name, &options, &fixture.image, &err) < 0)
 		fail_msg("open: %s", err.text);
 	fixture.real = fixture.image->store->ops;
 	fixture.ops = *fixture.real;
 	fixture.ops.write = spy_write;
 	fixture.image->store->ops = &fixture.ops;
-	assert_int_equal(ox_image_attach(fixture.image, fixture.loop, &fixture.channel, &err), 0);
-	body->fn_co();
-	ox_image_detach(fixture.channel);
+	ox_loop_run_fiber(fixture.loop, body_co, &fn_co);
 	fixture.image->store->ops = fixture.real;
 	ox_image_close(fixture.image);
-}
-
-static void run(void (*fn_co)(void), const char *path, const char *format, bool read_only)
-{
-	struct ox_loop_options loop_options = {.name = "test"};
-	struct body body = {
-	        .fn_co = fn_co,
-	        .path = path,
-	        .options = {.format = format,
-	                    .store = {.read_only = read_only,
-	                              .aio = OX_AIO_THREADS,
-	                              .lock = read_only ? OX_LOCK_READ : OX_LOCK_WRITE}}};
-
-	memset(&fixture, 0, sizeof(fixture));
-	fixture.loop = ox_loop_new(&loop_options, NULL);
-	ox_loop_run_fiber(fixture.loop, body_co, &body);
 	ox_loop_free(fixture.loop);
 	ox_fiber_pool_free();
 }
@@ -360,7 +353,9 @@ static void test_known_format(void **state)
 
 static void test_create(void **state)
 {
-	struct ox_image_create_options options = {.path = path, .format = "raw", .size = 1000};
+	struct ox_create_option full = {.name = (char *)"preallocation", .value = (char *)"full"};
+	struct ox_image_create_options options = {
+	        .path = path, .format = "raw", .size = 1000, .has_size = true};
 	struct ox_store_options lock = {.lock = OX_LOCK_WRITE};
 	struct ox_error err = {0};
 	struct ox_store *store;
@@ -372,7 +367,9 @@ static void test_create(void **state)
 	/* What was there is gone. */
 	write_file("hello", 5, 1 << 20);
 	options.size = 4096;
-	options.preallocation = OX_PREALLOC_FULL;
+	options.options = &full;
+	options.option_count = 1;
+	ox_image_create_options_free(&options);
 	assert_int_equal(ox_image_create(&options, &err), 0);
 	assert_int_equal(stat(path, &st), 0);
 	assert_int_equal(st.st_size, 4096);
@@ -386,6 +383,7 @@ static void test_create(void **state)
 	ox_error_clear(&err);
 	/* A size that cannot be had leaves no file behind. */
 	unlink(path);
+	ox_image_create_options_free(&options);
 	options.size = INT64_MAX - 1000;
 	assert_true(ox_image_create(&options, &err) < 0);
 	assert_int_equal(stat(path, &st), -1);
@@ -397,56 +395,45 @@ static void test_create(void **state)
 	options.path = dir;
 	assert_int_equal(ox_image_create(&options, &err), -EISDIR);
 	ox_error_clear(&err);
-	options.format = "qcow2";
+	options.format = "vhdx";
+	ox_image_create_options_free(&options);
 	assert_int_equal(ox_image_create(&options, &err), -ENOTSUP);
 	write_file("", 0, 0); /* for the clean-up */
+}
+
+static int resize_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	struct ox_image_info info;
+
+	assert_int_equal(ox_image_resize_co(channel, 1000, OX_PREALLOC_OFF, err), -EINVAL);
+	ox_error_clear(err);
+	assert_int_equal(ox_image_resize_co(channel, 1 << 20, OX_PREALLOC_FALLOC, err), 0);
+	assert_int_equal(ox_image_get_info(channel->image, &info, err), 0);
+	assert_int_equal(info.virtual_size, 1 << 20);
+	assert_true(info.actual_size >= (1 << 20) - 4096);
+	assert_string_equal(info.format, "raw");
+	ox_image_info_free(&info);
+	assert_int_equal(ox_image_resize_co(channel, 512, OX_PREALLOC_OFF, err), 0);
+	assert_int_equal(file_size(), 512);
+	return 0;
+}
+
+static int resize_read_only_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	assert_int_equal(ox_image_resize_co(channel, 1024, OX_PREALLOC_OFF, err), -EROFS);
+	return -EROFS;
 }
 
 static void test_resize(void **state)
 {
 	struct ox_image_options options = {.format = "raw", .store = {.lock = OX_LOCK_WRITE}};
 	struct ox_error err = {0};
-	struct ox_image_info info;
-	struct ox_image *image;
 
 	write_file("hello", 5, 1000);
-	assert_int_equal(ox_image_open(path, &options, &image, &err), 0);
-	assert_int_equal(ox_image_resize(image, 1000, OX_PREALLOC_OFF, &err), -EINVAL);
-	ox_error_clear(&err);
-	assert_int_equal(ox_image_resize(image, 1 << 20, OX_PREALLOC_FALLOC, &err), 0);
-	assert_int_equal(ox_image_get_info(image, &info, &err), 0);
-	assert_int_equal(info.virtual_size, 1 << 20);
-	assert_true(info.actual_size >= (1 << 20) - 4096);
-	assert_string_equal(info.format, "raw");
-	assert_int_equal(ox_image_resize(image, 512, OX_PREALLOC_OFF, &err), 0);
-	assert_int_equal(file_size(), 512);
-	ox_image_close(image);
+	assert_int_equal(ox_image_with(path, &options, resize_co, NULL, &err), 0);
 	options.store.read_only = true;
 	options.store.lock = OX_LOCK_READ;
-	assert_int_equal(ox_image_open(path, &options, &image, &err), 0);
-	assert_int_equal(ox_image_resize(image, 1024, OX_PREALLOC_OFF, &err), -EROFS);
-	ox_image_close(image);
-}
-
-static void test_extents(void **state)
-{
-	struct ox_image_options options = {.format = "raw", .store = {.read_only = true}};
-	enum ox_block_status status;
-	struct ox_error err = {0};
-	struct ox_image *image;
-	uint64_t length;
-
-	write_file("hello", 5, 1000);
-	assert_int_equal(ox_image_open(path, &options, &image, &err), 0);
-	length = 1024;
-	assert_int_equal(image->ops->extents(image, 0, &length, &status), 0);
-	assert_int_equal(status, OX_STATUS_DATA);
-	assert_true(length > 0 && length <= 1000);
-	length = 24;
-	assert_int_equal(image->ops->extents(image, 1000, &length, &status), 0);
-	assert_int_equal(status, OX_STATUS_ZERO);
-	assert_int_equal(length, 24);
-	ox_image_close(image);
+	assert_int_equal(ox_image_with(path, &options, resize_read_only_co, NULL, &err), -EROFS);
 }
 
 int main(void)
@@ -454,7 +441,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 	        cmocka_unit_test(test_guard),        cmocka_unit_test(test_odd_size),
 	        cmocka_unit_test(test_known_format), cmocka_unit_test(test_create),
-	        cmocka_unit_test(test_resize),       cmocka_unit_test(test_extents),
+	        cmocka_unit_test(test_resize),
 	};
 
 	return cmocka_run_group_tests(tests, make_dir, remove_dir);

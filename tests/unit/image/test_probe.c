@@ -10,7 +10,7 @@
 #include <cmocka.h>
 
 #include "base/byteorder.h"
-#include "image/image.h"
+#include "image/format.h"
 
 static uint8_t sector[512];
 

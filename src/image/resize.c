@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * Another size, and the checks that go with it.
+ *
+ * Order: a larger size is published to requests (image->size) when the added range reads as it
+ * shall; a smaller one by the caller, who waits for what is in flight beyond it.
+ */
+#include "image/generic.h"
+#include <errno.h>
+#include <string.h>
+
+int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
+                       enum ox_preallocation prealloc, struct ox_error *err)
+{
+	struct ox_image *image = channel->image;
+	const struct ox_format_maintenance *m = image->ops->maintenance;
+	int rc;
+
+	if (image->read_only)
+		return ox_error_set(err, EROFS, "%s: opened read-only, its size stays",
+		                    image->store->path);
+	if (!m || !m->resize_co)
+		return ox_error_set(err, ENOTSUP, "%s: %s images cannot be resized by this version",
+		                    image->store->path, image->ops->name);
+	if (!ox_is_aligned(size, 512) || size > INT64_MAX)
+		return ox_error_set(err, EINVAL,
+		                    "%s: a disk's size is a multiple of 512 bytes, %llu is not",
+		                    image->store->path, (unsigned long long)size);
+	rc = ox_image_begin_co(channel);
+	if (rc < 0)
+		return ox_error_set(err, -rc, "%s: cannot be changed: %s", image->store->path,
+		                    strerror(-rc));
+	rc = m->resize_co(channel, size, prealloc, err);
+	if (rc < 0)
+		return rc;
+	__atomic_store_n(&image->size, size, __ATOMIC_RELEASE);
+	return 0;
+}
+
+int ox_image_check_co(struct ox_image_channel *channel, struct ox_image_check *check,
+                      struct ox_error *err)
+{
+	struct ox_image *image = channel->image;
+	const struct ox_format_maintenance *m = image->ops->maintenance;
+
+	if (!m || !m->check_co)
+		return ox_error_set(err, ENOTSUP, "%s: %s images do not support checks",
+		                    image->store->path, image->ops->name);
+	return m->check_co(channel, check, err);
+}
