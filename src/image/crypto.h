@@ -15,9 +15,9 @@
 
 struct ox_crypto;
 
-#define OX_CRYPTO_SECTOR      512u
-#define OX_LUKS_HEADER_BYTES  592u
-#define OX_LUKS_KEY_SLOTS     8u
+#define OX_CRYPTO_SECTOR     512u
+#define OX_LUKS_HEADER_BYTES 592u
+#define OX_LUKS_KEY_SLOTS    8u
 
 /* `offset` (bytes, a multiple of 512) decides the IV of the first sector; `bytes` is a multiple of
  * 512; in and out may be the same.  Any thread, several at once.  0 or -EIO. */
@@ -70,9 +70,9 @@ int ox_luks_area(const struct ox_luks_create *options, uint64_t *bytes, struct o
         OX_MUST_CHECK;
 /* Makes a header with a new random master key in slot 0: `area` bytes at `out`.  Blocks for
  * seconds.  *crypto (may be NULL) encrypts with it. */
-int ox_luks_format(const struct ox_luks_create *options, const uint8_t *phrase,
-                   size_t phrase_bytes, uint8_t *out, uint64_t area, struct ox_crypto **crypto,
-                   struct ox_error *err) OX_MUST_CHECK;
+int ox_luks_format(const struct ox_luks_create *options, const uint8_t *phrase, size_t phrase_bytes,
+                   uint8_t *out, uint64_t area, struct ox_crypto **crypto, struct ox_error *err)
+        OX_MUST_CHECK;
 
 struct ox_image_create_options;
 struct json_t;

@@ -16,8 +16,8 @@
 struct ox_image_channel {
 	struct ox_image *image;
 	struct ox_loop *loop;
-	struct ox_channel *store; /* of image->store */
-	struct ox_channel *data;  /* of image->data; = store without a data file */
+	struct ox_channel *store;         /* of image->store */
+	struct ox_channel *data;          /* of image->data; = store without a data file */
 	struct ox_image_channel *backing; /* NULL: none */
 	void *priv;                       /* the format's: ops->attach */
 
@@ -54,10 +54,10 @@ struct ox_format_ops {
 	 * with these bytes (`bytes` of at least 512 unless the file is shorter) is its own? raw
 	 * says 1. */
 	int (*probe)(const void *head, size_t bytes, const char *path);
-	/* Required.  image->store is open; channel->data, channel->backing and channel->priv are not
-	 * there yet.  Fills image->size, cluster_size, zero_unit, backing_file, data_file, crypto and
-	 * priv.  Writes nothing unless the store is locked for writing and the image must be repaired
-	 * before use. */
+	/* Required.  image->store is open; channel->data, channel->backing and channel->priv are
+	 * not there yet.  Fills image->size, cluster_size, zero_unit, backing_file, data_file,
+	 * crypto and priv.  Writes nothing unless the store is locked for writing and the image
+	 * must be repaired before use. */
 	int (*open_co)(struct ox_image_channel *channel, const struct ox_image_options *options,
 	               struct ox_error *err);
 	/* Required.  Frees image->priv (which may be NULL after a failed open_co).  May block. */
@@ -67,8 +67,8 @@ struct ox_format_ops {
 	void (*detach)(struct ox_image_channel *channel);
 
 	/* Required.  Any thread with a channel; never suspends, takes no lock, allocates nothing.
-	 * 0 and *extent (contiguous and of one kind, as long as is cheaply known, at most `length`),
-	 * -EAGAIN: not in memory, ask map_co; -EIO: damaged. */
+	 * 0 and *extent (contiguous and of one kind, as long as is cheaply known, at most
+	 * `length`), -EAGAIN: not in memory, ask map_co; -EIO: damaged. */
 	int (*lookup)(struct ox_image *image, uint64_t offset, uint64_t length,
 	              struct ox_extent *extent);
 	/* Optional: lookup never answers -EAGAIN.  The same, and loads what is missing. */
@@ -80,23 +80,23 @@ struct ox_format_ops {
 	int (*begin_co)(struct ox_image_channel *channel);
 	/* Optional.  Never suspends.  Makes what it can of [offset, length) DATA in place at once,
 	 * visible to everybody, where the old content is zero and the new space reads as zero, now
-	 * and after a power cut.  0: some of it, from offset on, is DATA now: look again; -EAGAIN: ask
-	 * prepare_co. */
+	 * and after a power cut.  0: some of it, from offset on, is DATA now: look again; -EAGAIN:
+	 * ask prepare_co. */
 	int (*allocate)(struct ox_image_channel *channel, uint64_t offset, uint64_t length);
-	/* Optional: without it what is not DATA in place cannot be written.  Under an exclusive range
-	 * lock of whole clusters around the write.  0: *a is filled; -EAGAIN: the map has changed, look
-	 * again; else it failed. */
+	/* Optional: without it what is not DATA in place cannot be written.  Under an exclusive
+	 * range lock of whole clusters around the write.  0: *a is filled; -EAGAIN: the map has
+	 * changed, look again; else it failed. */
 	int (*prepare_co)(struct ox_image_channel *channel, struct ox_allocation *a);
-	/* The space holds what it shall (its writes completed; they need not be durable): from now on
-	 * it is the map's.  Frees what was mapped there before.  The store never shows the new map
-	 * without the data (ops orders its own writes so). */
+	/* The space holds what it shall (its writes completed; they need not be durable): from now
+	 * on it is the map's.  Frees what was mapped there before.  The store never shows the new
+	 * map without the data (ops orders its own writes so). */
 	int (*publish_co)(struct ox_image_channel *channel, struct ox_allocation *a);
 	void (*abort)(struct ox_image_channel *channel, struct ox_allocation *a);
 
-	/* Optional, under the exclusive range lock; offset and length are multiples of zero_unit (or
-	 * end at the disk's end).  The range reads as zero; `unmap`: its space may go.  -ENOTSUP: the
-	 * generic layer writes zeroes. Without it, what is DATA is passed to the store's own zero and
-	 * discard. */
+	/* Optional, under the exclusive range lock; offset and length are multiples of zero_unit
+	 * (or end at the disk's end).  The range reads as zero; `unmap`: its space may go.
+	 * -ENOTSUP: the generic layer writes zeroes. Without it, what is DATA is passed to the
+	 * store's own zero and discard. */
 	int (*zero_co)(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
 	               bool unmap);
 	/* Optional, as zero_co; the content is undefined afterwards (but never another's). */

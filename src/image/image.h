@@ -70,7 +70,8 @@ struct ox_extent {
 	uint8_t flags;
 	uint32_t store_bytes;  /* COMPRESSED: at most this many bytes of the store are the unit */
 	uint64_t length;       /* bytes from the offset asked for, > 0 */
-	uint64_t store_offset; /* DATA (of the offset asked for), RESERVED, COMPRESSED (of the unit) */
+	uint64_t store_offset; /* DATA (of the offset asked for), RESERVED, COMPRESSED (of the unit)
+	                        */
 	uint64_t unit_offset;  /* COMPRESSED: the guest's offset of the unit's first byte */
 	uint32_t unit_bytes;   /* COMPRESSED: unpacked */
 };
@@ -127,9 +128,10 @@ struct ox_image_create_options {
 	const char *format;
 	uint64_t size; /* bytes */
 	bool has_size; /* else the backing image's is taken */
-	const char *backing_file, *backing_format; /* NULL: none; as they shall stand in the header */
-	bool unsafe_backing;                       /* -u: the backing file need not be there */
-	struct ox_create_option *options;          /* what the user gave with -o, but the above */
+	const char *backing_file,
+	        *backing_format;          /* NULL: none; as they shall stand in the header */
+	bool unsafe_backing;              /* -u: the backing file need not be there */
+	struct ox_create_option *options; /* what the user gave with -o, but the above */
 	unsigned option_count;
 	const struct ox_secrets *secrets;
 	struct ox_opener *opener;
@@ -145,9 +147,10 @@ struct ox_image_create_options {
 
 /* What files a header may name are opened. */
 struct ox_allow {
-	bool nothing;            /* backing and data files stay closed: info, probing */
-	bool anything;           /* the user said so */
-	const char *const *dirs; /* directories besides the image's own; NULL-terminated, may be NULL */
+	bool nothing;  /* backing and data files stay closed: info, probing */
+	bool anything; /* the user said so */
+	const char *const
+	        *dirs; /* directories besides the image's own; NULL-terminated, may be NULL */
 };
 
 struct ox_image_options {
@@ -174,9 +177,9 @@ struct ox_image_options {
 
 struct ox_image {
 	const struct ox_format_ops *ops;
-	struct ox_store *store; /* metadata and, without a data file, data */
-	struct ox_store *data;  /* what DATA extents' store_offset is an offset of; = store, or an
-	                         * external data file */
+	struct ox_store *store;   /* metadata and, without a data file, data */
+	struct ox_store *data;    /* what DATA extents' store_offset is an offset of; = store, or an
+	                           * external data file */
 	struct ox_image *backing; /* NULL: none, or not opened (allow.nothing) */
 	struct ox_image_options options;
 	uint64_t size; /* virtual, bytes (atomic: a resize changes it under the I/O threads) */
@@ -199,9 +202,9 @@ struct ox_image {
 	/* Bytes: what is allocated as one (range locks cover whole ones), and the alignment and
 	 * multiple of what zero_co, discard_co and allocate take.  Powers of two; 1 for raw. */
 	uint64_t cluster_size, zero_unit;
-	struct ox_crypto *crypto;  /* data is encrypted; NULL: not */
-	bool crypto_guest_offset;  /* the IV counts the guest's sectors, else the store's */
-	uint64_t crypto_bias;      /* bytes to subtract from the store's offset for the IV */
+	struct ox_crypto *crypto; /* data is encrypted; NULL: not */
+	bool crypto_guest_offset; /* the IV counts the guest's sectors, else the store's */
+	uint64_t crypto_bias;     /* bytes to subtract from the store's offset for the IV */
 
 	struct ox_image_generic *generic; /* the generic layer's: channels, range locks */
 	void *priv;                       /* the format's */
