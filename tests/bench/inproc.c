@@ -2,9 +2,13 @@
  *
  * inproc: the request path without sockets and without another process: how it scales.
  *
- *     inproc [--threads N] [--seconds S] [--qd N] [--bs BYTES] [--packed] [--json]
+ *     inproc [--threads N] [--seconds S | --requests N] [--qd N] [--bs BYTES] [--packed] [--json]
+ *            [--image raw|qcow2 [--fill]] [--write]
  *
- * N I/O threads serve one disk on a null store, each a ring of its own.  The driver of each ring
+ * N I/O threads serve one disk, each a ring of its own: a null store, or with --image a new image
+ * of 8 GiB on a memory store (--fill: written through once before).  Reads, or with --write writes,
+ * are of random blocks; --requests ends after so many in all, so that different runs on a growing
+ * image do the same work.  The driver of each ring
  * runs inside its thread, as a poller beside the ring's: a client process would take a core of
  * its own away from what is measured.  The rings are the export's own (vhost_user_ring.c), so a
  * request goes through the virtqueue, the block layer of the export, the disk, the image, the
@@ -17,6 +21,7 @@
 #include "export/vhost_user_ring.h"
 #include "tests/lib/frontend.h"
 
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +29,9 @@
 #include <sys/resource.h>
 
 #define THREADS_MAX 16
+/* Blocks that are chosen among, 4 KiB each. */
+#define BLOCK_BITS 20
+#define DISK_BYTES ((uint64_t)8 << 30)
 
 struct lane {
 	struct ox_poller driver;
@@ -43,7 +51,9 @@ struct bench {
 	unsigned threads, qd;
 	uint32_t bs;
 	double seconds;
-	bool packed, json;
+	uint64_t requests;
+	const char *image; /* format; NULL: null store */
+	bool packed, json, write, fill;
 	struct ox_loop *main;
 	struct ox_disk *disk;
 	struct ox_error err;
@@ -61,7 +71,7 @@ static uint64_t next_block(struct lane *lane)
 	lane->seed ^= lane->seed >> 12;
 	lane->seed ^= lane->seed << 25;
 	lane->seed ^= lane->seed >> 27;
-	return (lane->seed * 0x2545f4914f6cdd1dull) >> 44; /* of 2^20 */
+	return (lane->seed * 0x2545f4914f6cdd1dull) >> (64 - BLOCK_BITS);
 }
 
 /* The driver: takes what completed and puts as much in. */
@@ -84,7 +94,8 @@ static bool drive(struct ox_poller *poller)
 		                             (uint64_t)fe_vq_next_id(vq) * lane->bench->bs,
 		                     lane->bench->bs};
 
-		if (fe_blk_add(vq, VIRTIO_BLK_T_IN, next_block(lane) * 8, &buf, 1, NULL) < 0)
+		if (fe_blk_add(vq, lane->bench->write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN,
+		               next_block(lane) * 8, &buf, 1, NULL) < 0)
 			break;
 		added = true;
 	}
@@ -200,6 +211,54 @@ static void sample(struct bench *bench, uint64_t *requests, double *cpu)
 	       (double)usage.ru_stime.tv_sec + (double)usage.ru_stime.tv_usec / 1e6;
 }
 
+/* Until the time or the requests are over. */
+static void wait_co(struct bench *bench, uint64_t first)
+{
+	uint64_t now;
+	double cpu;
+
+	if (!bench->requests) {
+		ox_sleep_co((uint64_t)(bench->seconds * 1e9));
+		return;
+	}
+	do {
+		ox_sleep_co(1000000);
+		sample(bench, &now, &cpu);
+	} while (now - first < bench->requests);
+}
+
+/* Writes every block that is chosen among, so that nothing is allocated later. */
+static int fill_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	size_t bytes = 1 << 20;
+	OX_FREE void *buf = malloc(bytes);
+	int rc = buf ? 0 : -ENOMEM;
+
+	if (buf)
+		memset(buf, 0x5a, bytes);
+	for (uint64_t at = 0; rc == 0 && at < (uint64_t)4096 << BLOCK_BITS; at += bytes)
+		rc = ox_image_write_co(channel, at, buf, bytes, 0);
+	return rc < 0 ? ox_error_set(err, -rc, "filling: %s", strerror(-rc)) : 0;
+}
+
+static const char *make_image(struct bench *bench)
+{
+	const char *path = "memory:bench:8G";
+	struct ox_image_create_options create = {
+	        .path = path, .format = bench->image, .size = DISK_BYTES, .has_size = true};
+	struct ox_image_options open = {.format = bench->image,
+	                                .store = {.write_granularity = 512, .aio = OX_AIO_SYNC}};
+
+	if (!bench->image)
+		return "null:10G";
+	if (ox_image_create(&create, &bench->err) < 0)
+		die("create", &bench->err);
+	ox_image_create_options_free(&create);
+	if (bench->fill && ox_image_with(path, &open, fill_co, NULL, &bench->err) < 0)
+		die("fill", &bench->err);
+	return path;
+}
+
 static void run_co(void *arg)
 {
 	struct bench *bench = arg;
@@ -210,10 +269,11 @@ static void run_co(void *arg)
 		die("disk", &bench->err);
 	for (unsigned i = 0; i < bench->threads; i++)
 		start_lane_co(bench, &bench->lane[i]);
-	ox_sleep_co(200000000);
+	if (!bench->requests)
+		ox_sleep_co(200000000);
 	sample(bench, &first, &cpu_first);
 	begin = ox_clock_ns();
-	ox_sleep_co((uint64_t)(bench->seconds * 1e9));
+	wait_co(bench, first);
 	sample(bench, &last, &cpu_last);
 	end = ox_clock_ns();
 	bench->iops = (double)(last - first) / ((double)(end - begin) / 1e9);
@@ -236,6 +296,10 @@ int main(int argc, char **argv)
 	        {"seconds", required_argument, NULL, 's'},
 	        {"qd", required_argument, NULL, 'q'},
 	        {"bs", required_argument, NULL, 'b'},
+	        {"requests", required_argument, NULL, 'r'},
+	        {"image", required_argument, NULL, 'i'},
+	        {"fill", no_argument, NULL, 'f'},
+	        {"write", no_argument, NULL, 'w'},
 	        {"packed", no_argument, NULL, 'p'},
 	        {"json", no_argument, NULL, 'j'},
 	        {NULL, 0, NULL, 0},
@@ -256,6 +320,14 @@ int main(int argc, char **argv)
 			bench.qd = (unsigned)strtoul(optarg, NULL, 10);
 		else if (opt == 'b')
 			bench.bs = (uint32_t)strtoul(optarg, NULL, 10);
+		else if (opt == 'r')
+			bench.requests = strtoull(optarg, NULL, 10);
+		else if (opt == 'i')
+			bench.image = optarg;
+		else if (opt == 'f')
+			bench.fill = true;
+		else if (opt == 'w')
+			bench.write = true;
 		else if (opt == 'p')
 			bench.packed = true;
 		else if (opt == 'j')
@@ -265,8 +337,9 @@ int main(int argc, char **argv)
 	}
 	if (bench.threads == 0 || bench.threads > THREADS_MAX || bench.qd == 0 || bench.qd > 128 ||
 	    bench.bs == 0 || bench.bs > 1u << 20) {
-		fprintf(stderr, "usage: inproc [--threads 1..16] [--seconds S] [--qd 1..128] "
-		                "[--bs BYTES] [--packed] [--json]\n");
+		fprintf(stderr, "usage: inproc [--threads 1..16] [--seconds S | --requests N] "
+		                "[--qd 1..128] [--bs BYTES] [--packed] [--json] "
+		                "[--image raw|qcow2 [--fill]] [--write]\n");
 		return 2;
 	}
 	bench.main = ox_loop_new(&loop_options, &bench.err);
@@ -285,8 +358,8 @@ int main(int argc, char **argv)
 		loops[i] = ox_iothread_loop(lane->thread);
 	}
 	ox_disk_options_init(&options);
-	options.path = "null:10G";
-	options.format = "raw";
+	options.path = make_image(&bench);
+	options.format = bench.image ? bench.image : "raw";
 	options.main = bench.main;
 	options.loops = loops;
 	options.loop_count = bench.threads;

@@ -79,14 +79,18 @@ class BackEnd:
         if kind == 'oxbow':
             target = 'null:10G' if store == 'null' else image
             self.argv = [os.environ.get('OXBOW', os.path.join(build, 'oxbow')), 'serve', '-f',
-                         'raw', '--cache', 'none', '--vhost-user-blk', self.socket, target]
-            if store == 'raw':
+                         'raw' if store == 'null' else store, '--cache', 'none',
+                         '--vhost-user-blk', self.socket, target]
+            if store != 'null':
                 self.argv[4:4] = ['--aio', 'io_uring']
         else:
             if store == 'null':
                 node = 'driver=null-co,node-name=d,size=%d,read-zeroes=off' % (10 << 30)
-            else:
+            elif store == 'raw':
                 node = ('driver=file,node-name=d,filename=%s,aio=io_uring,cache.direct=on' % image)
+            else:
+                node = ('driver=%s,node-name=d,discard=unmap,file.driver=file,file.filename=%s,'
+                        'file.aio=io_uring,file.cache.direct=on,cache.direct=on' % (store, image))
             self.argv = ['qemu-storage-daemon', '--object', 'iothread,id=io', '--blockdev', node,
                          '--export', 'type=vhost-user-blk,id=e,node-name=d,writable=on,iothread=io,'
                          'num-queues=%d,addr.type=unix,addr.path=%s' % (queues, self.socket)]

@@ -4,11 +4,14 @@
  *
  *     vubench --socket PATH [--op randread|randwrite|read|write] [--bs BYTES] [--qd N]
  *             [--queues N] [--seconds S | --requests N] [--sleep] [--packed] [--no-event-idx]
- *             [--no-indirect] [--span BYTES] [--pid PID] [--json]
+ *             [--no-indirect] [--span BYTES] [--flush] [--warmup S] [--pid PID] [--json]
  *
  * One thread drives all queues with --qd requests in flight on each.  Requests are published in
  * batches: what one look at the used ring freed.  Polling (default) never sleeps and asks for no
  * notification; --sleep waits on the queues' eventfds, as a guest's interrupt would.
+ *
+ * --flush follows every write by a flush, once it has completed (depth 1): what a database's commit
+ * is.  Both count as requests.
  *
  * Latency is the time from publication to the look at the used ring that found the completion; a
  * clock is read once for each look that found anything.  With --pid the back end's CPU time is
@@ -35,7 +38,7 @@ struct bench {
 	unsigned qd, queues;
 	double seconds, warmup;
 	uint64_t requests, span;
-	bool sleep, packed, event_idx, indirect, json;
+	bool sleep, packed, event_idx, indirect, flush, json;
 	pid_t pid;
 
 	struct fe *fe;
@@ -70,8 +73,11 @@ static void fill(struct bench *b, unsigned queue, uint64_t now)
 
 		if (id < 0)
 			break;
-		id = fe_blk_add(vq, b->write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN,
-		                next_block(b) * (b->bs / 512), &buf, 1, NULL);
+		if (b->flush && b->submitted % 2 == 1)
+			id = fe_blk_add(vq, VIRTIO_BLK_T_FLUSH, 0, NULL, 0, NULL);
+		else
+			id = fe_blk_add(vq, b->write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN,
+			                next_block(b) * (b->bs / 512), &buf, 1, NULL);
 		if (id < 0)
 			break;
 		b->start[queue][id] = now;
@@ -276,6 +282,7 @@ int main(int argc, char **argv)
 	        {"warmup", required_argument, NULL, 'w'},
 	        {"requests", required_argument, NULL, 'r'},
 	        {"span", required_argument, NULL, 'S'},
+	        {"flush", no_argument, NULL, 'f'},
 	        {"pid", required_argument, NULL, 'p'},
 	        {"sleep", no_argument, NULL, 'z'},
 	        {"packed", no_argument, NULL, 'P'},
@@ -331,6 +338,9 @@ int main(int argc, char **argv)
 		case 'z':
 			b.sleep = true;
 			break;
+		case 'f':
+			b.flush = true;
+			break;
 		case 'P':
 			b.packed = true;
 			break;
@@ -349,12 +359,16 @@ int main(int argc, char **argv)
 	}
 	b.write = strstr(b.op, "write");
 	b.sequential = strncmp(b.op, "rand", 4) != 0;
+	if (b.flush && (b.qd != 1 || b.queues != 1)) {
+		fprintf(stderr, "vubench: --flush is for one queue at depth 1\n");
+		return 2;
+	}
 	if (!b.socket || (!b.write && !strstr(b.op, "read")) || b.bs % 512 || b.bs == 0 ||
 	    b.qd == 0 || b.qd > 1024 || b.queues == 0 || b.queues > MAX_QUEUES) {
 		fprintf(stderr, "usage: vubench --socket PATH [--op randread|randwrite|read|write]"
 		                " [--bs BYTES] [--qd N] [--queues N] [--seconds S | --requests N]"
 		                " [--sleep] [--packed] [--no-event-idx] [--no-indirect]"
-		                " [--span BYTES] [--pid PID] [--json]\n");
+		                " [--span BYTES] [--flush] [--warmup S] [--pid PID] [--json]\n");
 		return 2;
 	}
 	return run(&b);
