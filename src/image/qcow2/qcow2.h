@@ -3,7 +3,7 @@
  * qcow2, versions 2 and 3 (QEMU's docs/interop/qcow2.rst): what the driver's files share.
  *
  *   header.c    bytes of the header and its extensions <-> struct qcow2_header; pure
- *   open.c      the table of ops: opening, beginning to write, finishing
+ *   open.c      the table of ops, opening; begin.c: beginning to write, finishing
  *   snapshot.c  the snapshot table; bitmap.c: the bitmap directory
  *   unit.c      L2 tables in memory: loading, compact form, budget, dropping
  *   map.c       lookup
@@ -236,7 +236,12 @@ int qcow2_write_header_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 int qcow2_read_co(struct ox_image_channel *channel, uint64_t offset, void *buf, size_t bytes)
         OX_MUST_CHECK;
 
-/* snapshot.c, bitmap.c: read the tables that the header names. Suspend. */
+/* begin.c: the ops of those names. */
+int qcow2_begin_co(struct ox_image_channel *channel);
+int qcow2_finish_co(struct ox_image_channel *channel);
+
+/* snapshot.c, bitmap.c: read the tables that the header names. Suspend.  for_check: what cannot be
+ * read leaves `snapshots` or `bitmaps` NULL, though the header counts some. */
 int qcow2_read_snapshots_co(struct ox_image_channel *channel, struct ox_error *err) OX_MUST_CHECK;
 void qcow2_free_snapshots(struct qcow2 *q);
 int qcow2_read_bitmaps_co(struct ox_image_channel *channel, struct ox_error *err) OX_MUST_CHECK;
@@ -395,6 +400,8 @@ void qcow2_record_seal(struct qcow2 *q);
 void qcow2_record_sealed(struct qcow2 *q, bool ok);
 /* Clean close: removes the record. */
 void qcow2_record_end(struct qcow2 *q);
+/* Closing: lets go of it; it stays for the next process. */
+void qcow2_record_free(struct qcow2 *q);
 
 /* --- compress.c
  * ----------------------------------------------------------------------------------- */
