@@ -15,8 +15,10 @@ struct ox_command {
 	int (*run)(int argc, char **argv);
 };
 
+extern const struct ox_command ox_command_check;
 extern const struct ox_command ox_command_create;
 extern const struct ox_command ox_command_info;
+extern const struct ox_command ox_command_map;
 extern const struct ox_command ox_command_resize;
 extern const struct ox_command ox_command_serve;
 

@@ -140,11 +140,12 @@ static int handle(void *user, const char *section, const char *name, const char 
 	} else {
 		given = &r->global_given;
 	}
-	if (*given & (1ull << index))
+	if ((*given & (1ull << index)) && !(key->flags & OX_SERVE_MANY))
 		return fail(r, r->section, name,
 		            "this is given twice (an indented line continues the one above it)");
 	*given |= 1ull << index;
-	if (key->scope == OX_SERVE_GLOBAL && (r->skip & (1ull << index)))
+	if (key->scope == OX_SERVE_GLOBAL && (r->skip & (1ull << index)) &&
+	    !(key->flags & OX_SERVE_MANY))
 		return 1;
 	if (key->set(r->config, disk, value, &err) < 0)
 		return fail(r, r->section, name, err.text);

@@ -19,10 +19,8 @@
 #include <string.h>
 
 static const struct ox_command *const commands[] = {
-        &ox_command_create,
-        &ox_command_info,
-        &ox_command_resize,
-        &ox_command_serve,
+        &ox_command_check,  &ox_command_create, &ox_command_info,
+        &ox_command_resize, &ox_command_serve,
 };
 
 static const char back_end_name[] = "oxbow-vhost-user-blk";
@@ -69,8 +67,9 @@ static void print_overview(void)
 	      "  oxbow --help              show this\n"
 	      "  oxbow --version           show the version\n"
 	      "\n"
-	      "The exit status is 0 when all went well and 1 when not; messages go to standard\n"
-	      "error. OXBOW_LOG=error|warning|info|debug in the environment says how many.\n",
+	      "The exit status is 0 when all went well and 1 when not ('check' has more of them);\n"
+	      "messages go to standard error. OXBOW_LOG=error|warning|info|debug in the environment\n"
+	      "says how many.\n",
 	      stdout);
 }
 
@@ -164,9 +163,13 @@ static void occupy_standard_descriptors(void)
 
 int main(int argc, char **argv)
 {
+	static char buffer[64 * 1024];
 	int status, broken;
 
 	occupy_standard_descriptors();
+	/* Held together, so that what fails is the closing, which tells why. */
+	if (!isatty(STDOUT_FILENO))
+		setvbuf(stdout, buffer, _IOFBF, sizeof(buffer));
 
 	/* A reader that went away is an error of the write, which is checked. */
 	signal(SIGPIPE, SIG_IGN);

@@ -23,6 +23,8 @@
 #define MAX_BLOCK_SIZE    32768
 #define MAX_WORDS         16
 #define DEFAULT_IOTHREADS 1
+#define MIN_METADATA      (64u << 10)
+#define MAX_METADATA      (UINT64_C(1) << 40)
 
 /* Says that there is no such word, and which one may have been meant. */
 static int bad_word(const char *what, const char *value, const char *const *words,
@@ -242,6 +244,58 @@ static int set_physical_block_size(struct ox_serve_config *config, struct ox_ser
 	return parse_block_size(value, &disk->disk.physical_block_size, err);
 }
 
+static int set_allow_dir(struct ox_serve_config *config, struct ox_serve_disk *disk,
+                         const char *value, struct ox_error *err)
+{
+	char **dirs;
+	struct stat st;
+
+	if (!*value)
+		return ox_error_set(err, EINVAL, "the value is empty");
+	if (stat(value, &st) < 0)
+		return ox_error_set(err, errno, "%s: %s", value, strerror(errno));
+	if (!S_ISDIR(st.st_mode))
+		return ox_error_set(err, ENOTDIR, "%s is not a directory", value);
+	dirs = ox_xcalloc(disk->allow_count + 2, sizeof(*dirs));
+	if (disk->allow_count)
+		memcpy(dirs, disk->allow_dirs, disk->allow_count * sizeof(*dirs));
+	dirs[disk->allow_count++] = ox_xstrdup(value);
+	free(disk->allow_dirs);
+	disk->allow_dirs = dirs;
+	return 0;
+}
+
+static int set_metadata_cache(struct ox_serve_config *config, struct ox_serve_disk *disk,
+                              const char *value, struct ox_error *err)
+{
+	uint64_t bytes;
+
+	if (!ox_parse_size(value, 1, &bytes) || bytes < MIN_METADATA || bytes > MAX_METADATA)
+		return ox_error_set(err, EINVAL, "'%s' is not a size from 64k to 1T", value);
+	disk->disk.metadata_cache = bytes;
+	return 0;
+}
+
+static int set_discard_no_unref(struct ox_serve_config *config, struct ox_serve_disk *disk,
+                                const char *value, struct ox_error *err)
+{
+	return parse_bool(value, &disk->disk.discard_no_unref, err);
+}
+
+static int set_key_secret(struct ox_serve_config *config, struct ox_serve_disk *disk,
+                          const char *value, struct ox_error *err)
+{
+	return set_string(&disk->key_secret, value, err);
+}
+
+static int set_object(struct ox_serve_config *config, struct ox_serve_disk *disk, const char *value,
+                      struct ox_error *err)
+{
+	if (!config->secrets)
+		config->secrets = ox_secrets_new();
+	return ox_secrets_add(config->secrets, value, err);
+}
+
 static int set_control(struct ox_serve_config *config, struct ox_serve_disk *disk,
                        const char *value, struct ox_error *err)
 {
@@ -287,6 +341,10 @@ const struct ox_serve_key ox_serve_keys[] = {
         {"read-only", 0, OX_SERVE_DISK, OX_SERVE_FLAG, set_read_only},
         {"force-share", 'U', OX_SERVE_DISK, OX_SERVE_FLAG, set_force_share},
         {"share-rw", 0, OX_SERVE_DISK, OX_SERVE_FLAG, set_share_rw},
+        {"allow-dir", 0, OX_SERVE_DISK, OX_SERVE_MANY, set_allow_dir},
+        {"metadata-cache", 0, OX_SERVE_DISK, 0, set_metadata_cache},
+        {"discard-no-unref", 0, OX_SERVE_DISK, 0, set_discard_no_unref},
+        {"key-secret", 0, OX_SERVE_DISK, 0, set_key_secret},
         {"serial", 0, OX_SERVE_DISK, 0, set_serial},
         {"logical-block-size", 0, OX_SERVE_DISK, 0, set_logical_block_size},
         {"physical-block-size", 0, OX_SERVE_DISK, 0, set_physical_block_size},
@@ -294,6 +352,7 @@ const struct ox_serve_key ox_serve_keys[] = {
         {"detect-zeroes", 0, OX_SERVE_DISK, 0, set_detect_zeroes},
         {"rerror", 0, OX_SERVE_DISK, 0, set_rerror},
         {"werror", 0, OX_SERVE_DISK, 0, set_werror},
+        {"object", 0, OX_SERVE_GLOBAL, OX_SERVE_MANY, set_object},
         {"control", 0, OX_SERVE_GLOBAL, 0, set_control},
         {"iothreads", 0, OX_SERVE_GLOBAL, 0, set_iothreads},
         {"poll-max-us", 0, OX_SERVE_GLOBAL, 0, set_poll_max_us},
@@ -317,11 +376,16 @@ void ox_serve_config_free(struct ox_serve_config *config)
 		free(disk->name);
 		free(disk->image);
 		free(disk->format);
+		free(disk->key_secret);
+		for (unsigned j = 0; j < disk->allow_count; j++)
+			free(disk->allow_dirs[j]);
+		free(disk->allow_dirs);
 		free(disk->socket_path);
 		free(disk->where);
 	}
 	free(config->disks);
 	free(config->control);
+	ox_secrets_free(config->secrets);
 	*config = (struct ox_serve_config){0};
 }
 
@@ -341,7 +405,22 @@ struct ox_serve_disk *ox_serve_config_add(struct ox_serve_config *config, char *
 	return disk;
 }
 
-static int check_disk(struct ox_serve_disk *disk, struct ox_error *err)
+/* A key that is not there is said before anything starts. */
+static int check_key(const struct ox_serve_config *config, const struct ox_serve_disk *disk,
+                     const char *dashes, struct ox_error *err)
+{
+	struct ox_error why = {0};
+	const uint8_t *bytes;
+	size_t count;
+
+	if (!disk->key_secret ||
+	    ox_secrets_find(config->secrets, disk->key_secret, &bytes, &count, &why) == 0)
+		return 0;
+	return ox_error_set(err, why.code, "%s%skey-secret: %s", disk->where, dashes, why.text);
+}
+
+static int check_disk(const struct ox_serve_config *config, struct ox_serve_disk *disk,
+                      struct ox_error *err)
 {
 	struct ox_disk_options *options = &disk->disk;
 	/* How the reader of the message spells a setting. */
@@ -375,6 +454,11 @@ static int check_disk(struct ox_serve_disk *disk, struct ox_error *err)
 	    options->discard == OX_DISCARD_IGNORE)
 		return ox_error_set(err, EINVAL, "%s%sdetect-zeroes=unmap needs %sdiscard=unmap",
 		                    disk->where, dashes, dashes);
+	if (check_key(config, disk, dashes, err) < 0)
+		return -EINVAL;
+	options->allow_dirs = (const char *const *)disk->allow_dirs;
+	options->secrets = config->secrets;
+	options->key_secret = disk->key_secret;
 	options->path = disk->image;
 	options->name = disk->name;
 	options->format = disk->format;
@@ -403,7 +487,7 @@ int ox_serve_config_check(struct ox_serve_config *config, struct ox_error *err)
 {
 	for (unsigned i = 0; i < config->count; i++) {
 		struct ox_serve_disk *disk = &config->disks[i];
-		int ret = check_disk(disk, err);
+		int ret = check_disk(config, disk, err);
 
 		if (ret < 0)
 			return ret;

@@ -10,7 +10,9 @@
 /* One disk and its export, as asked for.  The strings that `disk` points to are owned here. */
 struct ox_serve_disk {
 	struct ox_disk_options disk;
-	char *name, *image, *format;
+	char *name, *image, *format, *key_secret;
+	char **allow_dirs; /* NULL-terminated; NULL: none */
+	unsigned allow_count;
 	char *socket_path; /* NULL: fd */
 	int fd;            /* -1: socket_path */
 	unsigned queues;   /* 0: automatic */
@@ -22,6 +24,7 @@ struct ox_serve_config {
 	struct ox_serve_disk *disks;
 	unsigned count;
 	char *control;
+	struct ox_secrets *secrets; /* NULL: none */
 	unsigned iothreads;
 	uint64_t poll_max_ns;
 	uint64_t given;
@@ -36,6 +39,7 @@ enum {
 	OX_SERVE_CLI_ONLY = 1 << 1,  /* not in a file */
 	OX_SERVE_FILE_ONLY = 1 << 2, /* not an option */
 	OX_SERVE_ONCE = 1 << 3,      /* an option that cannot be given twice */
+	OX_SERVE_MANY = 1 << 4,      /* each one counts, in a file too; other options: the last */
 };
 
 struct ox_serve_key {
@@ -60,7 +64,7 @@ int ox_serve_config_check(struct ox_serve_config *config, struct ox_error *err) 
 
 /* Reads a configuration file in INI form into an initialised config.  The first mistake stops
  * it: "FILE:LINE: [SECTION] KEY: what is wrong".  `skip`: bits of global keys that an option has
- * set already. */
+ * set already (of OX_SERVE_MANY keys those of the file count too). */
 int ox_serve_config_read(struct ox_serve_config *config, const char *path, uint64_t skip,
                          struct ox_error *err) OX_MUST_CHECK;
 

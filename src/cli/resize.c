@@ -10,12 +10,11 @@
  * new size when its disk becomes active.
  */
 #include "cli/cli.h"
+#include "cli/tool.h"
 #include "base/text.h"
 #include "control/qmp.h"
-#include "image/image.h"
 #include <ctype.h>
 #include <errno.h>
-#include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -38,12 +37,18 @@ static const char help[] =
         "                         off: new space is allocated when it is written\n"
         "                         falloc: reserve it now\n"
         "                         full: reserve it and write it\n"
+        "      --allow-dir DIR    backing and data files below DIR may be opened too, besides\n"
+        "                         those below the directory of the image that names them (may be\n"
+        "                         given several times)\n"
+        "      --object secret,id=ID,file=PATH\n"
+        "      --key-secret ID    the key of an encrypted image\n"
         "  -q, --quiet            print nothing when all went well\n";
 
 enum size_kind { SIZE_ABSOLUTE, SIZE_MORE, SIZE_LESS };
 
 struct resize {
-	const char *path, *format;
+	const char *path;
+	struct ox_tool tool; /* how to open it */
 	enum size_kind kind;
 	uint64_t size;
 	bool shrink, quiet, opened;
@@ -107,18 +112,13 @@ static int resize_image_co(struct ox_image_channel *channel, void *arg, struct o
 
 static int resize_offline(struct resize *resize, struct ox_error *err)
 {
-	const struct ox_image_options options = {
-	        .format = resize->format,
-	        .store =
-	                {
-	                        .aio = OX_AIO_SYNC,
-	                        .lock = OX_LOCK_WRITE,
-	                        .write_granularity = 1,
-	                        .opener = &ox_opener_direct,
-	                },
-	};
-	int ret = ox_image_with(resize->path, &options, resize_image_co, resize, err);
+	struct ox_image_options options;
+	int ret;
 
+	ox_tool_image_options(&resize->tool, &options);
+	options.store.read_only = false;
+	options.store.lock = OX_LOCK_WRITE;
+	ret = ox_image_with(resize->path, &options, resize_image_co, resize, err);
 	/* Only the lock's error leads on to a server. */
 	return ret == -EAGAIN && resize->opened ? -EIO : ret;
 }
@@ -203,60 +203,76 @@ static int parse_preallocation(const char *word, enum ox_preallocation *out, str
 	                    word);
 }
 
-static int run(int argc, char **argv)
+static int take_option(struct resize *resize, int option, struct ox_error *err)
+{
+	switch (option) {
+	case 's':
+		resize->shrink = true;
+		return 1;
+	case 'p':
+		return parse_preallocation(optarg, &resize->preallocation, err) < 0 ? -EINVAL : 1;
+	case 'q':
+		resize->quiet = true;
+		return 1;
+	default:
+		return ox_tool_option(&resize->tool, option, optarg, err);
+	}
+}
+
+static int parse(struct resize *resize, int argc, char **argv)
 {
 	static const struct option options[] = {
-	        {"format", required_argument, NULL, 'f'},
+	        OX_TOOL_OPTION_FORMAT,
+	        OX_TOOL_OPTION_OBJECT,
+	        OX_TOOL_OPTION_KEY_SECRET,
+	        OX_TOOL_OPTION_ALLOW_DIR,
 	        {"shrink", no_argument, NULL, 's'},
 	        {"preallocation", required_argument, NULL, 'p'},
 	        {"quiet", no_argument, NULL, 'q'},
 	        {NULL, 0, NULL, 0},
 	};
-	struct resize resize = {.preallocation = OX_PREALLOC_OFF};
-	struct ox_error err = {0};
+	struct ox_error err = {0}, bad_size = {0};
 	const char *size;
-	int value;
+	int value, ret;
 
 	/* The size comes last, and "-1G" is no option. */
 	size = argc > 1 ? argv[--argc] : NULL;
-	if (!size || parse_new_size(size, &resize, &err) < 0) {
+	if (!size || parse_new_size(size, resize, &bad_size) < 0) {
 		/* A mistaken option may be what stands there: that one is said first. */
 		argc += !!size;
-		resize.kind = SIZE_ABSOLUTE;
+		resize->kind = SIZE_ABSOLUTE;
 		size = NULL;
 	}
 	opterr = 0;
 	optind = 0;
 	while ((value = getopt_long(argc, argv, ":f:q", options, NULL)) != -1) {
-		switch (value) {
-		case 'f':
-			resize.format = optarg;
-			break;
-		case 's':
-			resize.shrink = true;
-			break;
-		case 'p':
-			if (parse_preallocation(optarg, &resize.preallocation, &err) < 0)
-				return ox_cli_fail(&err);
-			break;
-		case 'q':
-			resize.quiet = true;
-			break;
-		default:
+		ret = take_option(resize, value, &err);
+		if (ret < 0)
+			return ox_cli_fail(&err);
+		if (ret == 0)
 			return ox_cli_bad_option("resize", argv, options);
-		}
 	}
 	if (!size && argc - optind >= 2)
-		return ox_cli_fail(&err);
+		return ox_cli_fail(&bad_size);
 	if (!size || optind >= argc)
 		return ox_cli_failf("resize needs an image and a size; see 'oxbow resize --help'");
 	if (argc - optind > 1)
 		return ox_cli_failf("'%s' is one word too many; see 'oxbow resize --help'",
 		                    argv[optind + 1]);
-	resize.path = argv[optind];
-	if (resize_image(&resize, &err) < 0)
-		return ox_cli_fail(&err);
+	resize->path = argv[optind];
 	return 0;
+}
+
+static int run(int argc, char **argv)
+{
+	struct resize resize = {.preallocation = OX_PREALLOC_OFF};
+	struct ox_error err = {0};
+	int status = parse(&resize, argc, argv);
+
+	if (status == 0 && resize_image(&resize, &err) < 0)
+		status = ox_cli_fail(&err);
+	ox_tool_free(&resize.tool);
+	return status;
 }
 
 const struct ox_command ox_command_resize = {

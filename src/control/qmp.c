@@ -91,13 +91,12 @@ static void count_failed(struct ox_disk *disk, uint64_t *reads, uint64_t *others
 	free(stats);
 }
 
-/* QEMU's BLOCK_IO_ERROR. `operation`: NULL if the disk does not tell; `stop_error`: 0, or why
- * requests are held. */
+/* QEMU's BLOCK_IO_ERROR. `stop_error`: 0, or why requests are held. */
 static void send_io_error(struct qmp_disk *watched, const struct ox_disk_info *info,
                           const char *operation, int stop_error)
 {
 	json_t *data =
-	        json_pack("{s:o, s:o, s:s*, s:s, s:b}", "device", ox_qmp_text(info->name),
+	        json_pack("{s:o, s:o, s:s, s:s, s:b}", "device", ox_qmp_text(info->name),
 	                  "node-name", ox_qmp_text(info->name), "operation", operation, "action",
 	                  stop_error ? "stop" : "report", "nospace", stop_error == ENOSPC);
 
@@ -129,7 +128,8 @@ static void on_disk_event(struct ox_disk_listener *listener, enum ox_disk_event 
 	ox_disk_get_info(watched->qmp->options.disks[watched->index], &info);
 	switch (event) {
 	case OX_DISK_STOPPED:
-		send_io_error(watched, &info, NULL, info.stop_error ? info.stop_error : EIO);
+		send_io_error(watched, &info, info.stop_op == OX_IO_READ ? "read" : "write",
+		              info.stop_error ? info.stop_error : EIO);
 		break;
 	case OX_DISK_IO_ERROR:
 		send_failures(watched, &info);

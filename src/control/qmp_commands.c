@@ -106,22 +106,54 @@ static json_t *own_object(struct ox_disk *disk, struct ox_export *export,
 	return object;
 }
 
+/* An image and, within it, what lies below: QEMU's ImageInfo. */
+static json_t *image_object(const struct ox_disk_info *info, unsigned index)
+{
+	const struct ox_disk_layer *layer = &info->layers[index];
+	bool has_below = index + 1 < info->layer_count;
+	json_t *image = json_pack("{s:o, s:s, s:I, s:b}", "filename", ox_qmp_text(layer->path),
+	                          "format", layer->format, "virtual-size",
+	                          (json_int_t)(index ? layer->size : info->size), "dirty-flag", 0);
+
+	if (!image)
+		return NULL;
+	if (layer->cluster_size > 1)
+		json_object_set_new(image, "cluster-size",
+		                    json_integer((json_int_t)layer->cluster_size));
+	if (layer->encrypted)
+		json_object_set_new(image, "encrypted", json_true());
+	if (layer->backing_file)
+		json_object_set_new(image, "backing-filename", ox_qmp_text(layer->backing_file));
+	if (layer->backing_format)
+		json_object_set_new(image, "backing-filename-format",
+		                    ox_qmp_text(layer->backing_format));
+	if (has_below) {
+		json_object_set_new(image, "full-backing-filename",
+		                    ox_qmp_text(info->layers[index + 1].path));
+		json_object_set_new(image, "backing-image", image_object(info, index + 1));
+	}
+	return image;
+}
+
 static json_t *inserted_object(const struct ox_disk_info *info, const struct allocation *allocation)
 {
-	json_t *image =
-	        json_pack("{s:o, s:s, s:I, s:b}", "filename", ox_qmp_text(info->path), "format",
-	                  info->format, "virtual-size", (json_int_t)info->size, "dirty-flag", 0);
+	json_t *image = image_object(info, 0);
 	json_t *object;
 
 	if (image && allocation)
 		json_object_set_new(image, "actual-size",
 		                    json_integer((json_int_t)allocation->bytes));
-	object = json_pack("{s:o, s:o, s:b, s:s, s:b, s:i, s:i, s:{s:b, s:b, s:b}, s:o}", "file",
-	                   ox_qmp_text(info->path), "node-name", ox_qmp_text(info->name), "ro",
-	                   info->read_only, "drv", info->format, "encrypted", 0,
-	                   "backing_file_depth", 0, "write_threshold", 0, "cache", "writeback",
-	                   info->writeback, "direct", ox_cache_is_direct(info->cache), "no-flush",
-	                   info->cache == OX_CACHE_UNSAFE, "image", image);
+	object = json_pack(
+	        "{s:o, s:o, s:b, s:s, s:b, s:i, s:s, s:i, s:{s:b, s:b, s:b}, s:o}", "file",
+	        ox_qmp_text(info->path), "node-name", ox_qmp_text(info->name), "ro",
+	        info->read_only, "drv", info->format, "encrypted", info->layers[0].encrypted,
+	        "backing_file_depth", (int)info->layer_count - 1, "detect_zeroes",
+	        ox_detect_zeroes_name(info->detect_zeroes), "write_threshold", 0, "cache",
+	        "writeback", info->writeback, "direct", ox_cache_is_direct(info->cache), "no-flush",
+	        info->cache == OX_CACHE_UNSAFE, "image", image);
+	if (object && info->layers[0].backing_file)
+		json_object_set_new(object, "backing_file",
+		                    ox_qmp_text(info->layers[0].backing_file));
 	for (unsigned i = 0; object && i < 6; i++) {
 		static const char *const limits[] = {"bps",  "bps_rd",  "bps_wr",
 		                                     "iops", "iops_rd", "iops_wr"};

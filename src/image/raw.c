@@ -146,7 +146,7 @@ static int raw_resize_co(struct ox_image_channel *channel, uint64_t size,
 
 static const struct ox_create_word raw_create_words[] = {
         {"preallocation", "Preallocation mode (allowed values: off, falloc, full)"},
-        {"size", "Virtual disk size"},
+        {"size", "Virtual disk size", "size"},
         {NULL, NULL},
 };
 

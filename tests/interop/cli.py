@@ -760,7 +760,7 @@ def qmp_errors():
         equal([(e['event'], e['data'].get('operation'), e['data']['action'], e['data']['nospace'])
                for e in qmp.events],
               [('BLOCK_IO_ERROR', 'read', 'report', False),
-               ('BLOCK_IO_ERROR', None, 'stop', True)])
+               ('BLOCK_IO_ERROR', 'write', 'stop', True)])
         equal(ring.done(), None, 'the guest has not heard')
         set_rules('')
         equal(qmp.command('cont'), {'return': {}})
