@@ -61,6 +61,24 @@ static void mark_session(struct qcow2 *q, const uint8_t session[16])
 		h->autoclear |= QCOW2_AUTOCLEAR_SESSION;
 }
 
+/* A file that ends within a cluster gets the rest of it, so that it can be written in place. */
+static int complete_last_cluster_co(struct ox_image_channel *channel)
+{
+	struct ox_store *store = channel->image->store;
+	const struct qcow2 *q = channel->image->priv;
+	uint64_t size = __atomic_load_n(&store->size, __ATOMIC_RELAXED);
+	struct ox_error err = {0};
+	int rc;
+
+	if (ox_is_aligned(size, q->cluster_size) || !store->ops->truncate ||
+	    (store->dev != 0 && store->ino == 0))
+		return 0;
+	rc = ox_store_truncate_co(store, ox_align_up(size, q->cluster_size), OX_PREALLOC_OFF, &err);
+	if (rc < 0)
+		ox_log(OX_LOG_ERROR, "%s", err.text);
+	return rc;
+}
+
 int qcow2_begin_co(struct ox_image_channel *channel)
 {
 	struct ox_image *image = channel->image;
@@ -81,6 +99,8 @@ int qcow2_begin_co(struct ox_image_channel *channel)
 			return rc;
 	}
 	rc = new_session(session, sizeof(session));
+	if (rc == 0)
+		rc = complete_last_cluster_co(channel);
 	if (rc < 0)
 		return rc;
 	qcow2_record_end(q);

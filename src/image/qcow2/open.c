@@ -409,25 +409,25 @@ static void register_metadata(struct qcow2 *q)
 	pthread_mutex_unlock(&q->lock);
 }
 
-/* What only a writer needs.  A check looks after the refcounts itself. */
-static int open_writable_co(struct ox_image_channel *channel,
-                            const struct ox_image_options *options, struct ox_error *err)
+/* Refcounts, then what metadata takes, then the map, whose entries are checked against that.  A
+ * check looks after the refcounts itself. */
+static int open_map_co(struct ox_image_channel *channel, const struct ox_image_options *options,
+                       struct ox_error *err)
 {
 	struct ox_image *image = channel->image;
 	struct qcow2 *q = image->priv;
 	int rc = 0;
 
-	if (image->read_only || options->for_check)
-		return qcow2_record_adopt_co(channel, err);
-	if ((q->header.incompatible & QCOW2_INCOMPAT_DIRTY) &&
-	    image->store->options.lock == OX_LOCK_WRITE)
+	if ((q->header.incompatible & QCOW2_INCOMPAT_DIRTY) && !image->read_only &&
+	    !options->for_check && image->store->options.lock == OX_LOCK_WRITE)
 		rc = qcow2_repair_dirty_co(channel, err);
 	if (rc == 0)
 		rc = qcow2_alloc_init_co(channel, err);
 	if (rc < 0)
 		return rc;
 	register_metadata(q);
-	return qcow2_record_adopt_co(channel, err);
+	rc = qcow2_units_init_co(channel, options->metadata_cache, err);
+	return rc < 0 ? rc : qcow2_record_adopt_co(channel, err);
 }
 
 static struct qcow2 *new_state(struct ox_image *image)
@@ -468,11 +468,7 @@ static int qcow2_open_co(struct ox_image_channel *channel, const struct ox_image
 	rc = unlock_co(image, options, err);
 	if (rc == 0)
 		rc = read_tables_co(channel, options, err);
-	if (rc == 0)
-		rc = qcow2_units_init_co(channel, options->metadata_cache, err);
-	if (rc == 0)
-		rc = open_writable_co(channel, options, err);
-	return rc;
+	return rc < 0 ? rc : open_map_co(channel, options, err);
 }
 
 static void qcow2_close(struct ox_image *image)
@@ -497,18 +493,13 @@ static void qcow2_close(struct ox_image *image)
 
 static int qcow2_attach(struct ox_image_channel *channel, struct ox_error *err)
 {
-	const struct qcow2 *q = channel->image->priv;
-
-	return q->alloc ? qcow2_alloc_attach(channel, err) : 0;
+	return qcow2_alloc_attach(channel, err);
 }
 
 static void qcow2_detach(struct ox_image_channel *channel)
 {
-	const struct qcow2 *q = channel->image->priv;
-
 	qcow2_units_detach(channel);
-	if (q->alloc)
-		qcow2_alloc_detach(channel);
+	qcow2_alloc_detach(channel);
 }
 
 static int qcow2_unpack(struct ox_image *image, const void *in, size_t in_bytes, void *out,

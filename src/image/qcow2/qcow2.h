@@ -337,18 +337,14 @@ int qcow2_alloc_take(struct ox_image_channel *channel, unsigned want, uint64_t *
                      bool *zeroed);
 /* One cluster for an L2 table, from the frontier. Lock held. */
 int qcow2_alloc_take_table(struct ox_image_channel *channel, uint64_t *host, bool *zeroed);
-/* Never published: back to the reserve.  Lock held. */
+/* Never published: back to the reserve, as space that may have been written to.  Lock held. */
 void qcow2_alloc_untake(struct ox_image_channel *channel, uint64_t host, unsigned count);
-/* The same, when it may have been written to: it no longer reads as zero. */
-void qcow2_alloc_untake_written(struct ox_image_channel *channel, uint64_t host, unsigned count);
 /* Waits until there is something to take (for data and for a table). -ENOSPC, -EIO, ... */
 int qcow2_alloc_more_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 /* The map no longer refers to these bytes of the file (whole clusters, or a compressed unit's
  * bytes): gives one reference to each cluster they touch back, after R3's conditions.  Lock held.
  */
 void qcow2_free_later(struct ox_image_channel *channel, uint64_t host, uint64_t bytes);
-/* The same for a table's cluster, which is metadata no more. */
-void qcow2_free_table_later(struct ox_image_channel *channel, uint64_t host);
 /* A commit ended well: removals noted while qcow2_commit_number() was below `number` are durable.
  * Lock held; starts the work in the background. */
 void qcow2_freed_durable(struct ox_image_channel *channel, uint64_t number);
@@ -372,6 +368,7 @@ void qcow2_refcount_set(uint8_t *block, unsigned bits, uint64_t index, uint64_t 
 bool qcow2_is_data_range(struct qcow2 *q, uint64_t host, uint64_t bytes);
 /* Registers metadata for that.  Lock held. */
 void qcow2_add_metadata_range(struct qcow2 *q, uint64_t host, uint64_t bytes);
+void qcow2_remove_metadata_range(struct qcow2 *q, uint64_t host, uint64_t bytes);
 
 /* leak.c: scans all tables in the background and frees the clusters that nothing refers to.
  * Started by begin_co when the last writer did not close. */

@@ -231,7 +231,8 @@ static int copy_table_co(struct ox_image_channel *channel, uint64_t index)
 	qcow2_l1_set(q, (uint32_t)table, host | QCOW2_ENTRY_COPIED, true);
 	qcow2_add_metadata_range(q, host, q->cluster_size);
 	note(q, 1, table, host | QCOW2_ENTRY_COPIED, 0);
-	qcow2_free_table_later(channel, old & QCOW2_OFFSET_MASK);
+	qcow2_remove_metadata_range(q, old & QCOW2_OFFSET_MASK, q->cluster_size);
+	qcow2_free_later(channel, old & QCOW2_OFFSET_MASK, q->cluster_size);
 	pthread_mutex_unlock(&q->lock);
 	return 0;
 }
@@ -511,6 +512,15 @@ static void use_own(struct qcow2 *q, struct ox_allocation *a, uint64_t entry, ui
 	a->zeroed = false;
 }
 
+/* A device may end within a cluster. */
+static bool is_in_file(const struct ox_image *image, uint64_t offset, uint64_t entry)
+{
+	const struct qcow2 *q = image->priv;
+	uint64_t host = (entry & QCOW2_OFFSET_MASK) + (offset & (q->cluster_size - 1));
+
+	return host < __atomic_load_n(&image->data->size, __ATOMIC_RELAXED);
+}
+
 int qcow2_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a)
 {
 	struct qcow2 *q = channel->image->priv;
@@ -533,7 +543,7 @@ int qcow2_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a)
 			              count_state(channel->image, unit, a->offset, end, state));
 		pthread_mutex_unlock(&q->lock);
 		if (state == IN_PLACE)
-			return -EAGAIN;
+			return is_in_file(channel->image, a->offset, entry) ? -EAGAIN : -ENOSPC;
 		if (state == NOTHING && fresh_space_is_zero(channel->image))
 			return allocate_co(channel, a->offset, a->length);
 		if (rc != -EAGAIN)
@@ -593,8 +603,7 @@ void qcow2_abort(struct ox_image_channel *channel, struct ox_allocation *a)
 	if (!a->priv[PRIV_TAKEN])
 		return;
 	pthread_mutex_lock(&q->lock);
-	/* Its content is no longer zero. */
-	qcow2_alloc_untake_written(channel, a->priv[PRIV_HOST], (unsigned)a->priv[PRIV_CLUSTERS]);
+	qcow2_alloc_untake(channel, a->priv[PRIV_HOST], (unsigned)a->priv[PRIV_CLUSTERS]);
 	pthread_mutex_unlock(&q->lock);
 }
 
