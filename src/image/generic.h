@@ -2,11 +2,13 @@
  *
  * What the generic layer's files share; nobody else includes it.
  *
- *   open.c     opening and closing an image, guessing, info
- *   chain.c    the files that a header names: which may be opened, and opening them
- *   channel.c  channels, grace periods, fibers in the background, the first change, shorthands
+ *   open.c     opening and closing images and their chains, guessing, info
+ *   chain.c    the files that a header names: which of them may be opened
+ *   channel.c  channels, grace periods, fibers in the background, the first change
+ *   run.c      shorthands, and fibers for threads without a loop
  *   image.c    submission: the hit path, and the slow path's fiber
- *   read.c     the slow path's reads;  write.c: its writes;  clear.c: zeroes and discards
+ *   read.c     where bytes are, down the chain, and the slow path's reads
+ *   write.c    the slow path's writes;  clear.c: zeroes and discards
  *   map.c      what a chain's map says, for people and tools
  *   create.c   new images;  resize.c: other sizes;  probe.c: whose bytes are these
  */
@@ -39,6 +41,14 @@ struct ox_image_generic {
 	struct ox_image_gate begin_gate, grace_gate;
 	pthread_mutex_t lock; /* channels; held for a step along the list */
 	TAILQ_HEAD(, ox_image_channel) channels;
+	/* Raised whenever the map lets go of something: what was unpacked before may not be what
+	 * the map means now (atomic). */
+	uint64_t generation;
+	/* DATA lies in a data file that was not opened: it cannot be read or written. */
+	bool no_data;
+	/* Copies that image->options points to. */
+	char *format, *key_secret;
+	char **dirs;
 };
 
 static inline uint64_t ox_image_size_now(const struct ox_image *image)
@@ -46,15 +56,59 @@ static inline uint64_t ox_image_size_now(const struct ox_image *image)
 	return __atomic_load_n(&image->size, __ATOMIC_ACQUIRE);
 }
 
+/* A list in memory, and room for a part of it with two entries more. */
+struct ox_list {
+	const struct iovec *iov;
+	unsigned count;
+	struct iovec *part; /* count + 2 entries; in use while a store request is under way */
+};
+
 /* channel.c */
 struct ox_image_generic *ox_image_generic_new(void);
 void ox_image_generic_free(struct ox_image_generic *generic);
 /* ops->begin_co, unless it has been; 0: image->begun is true. */
-int ox_image_begin_co(struct ox_image_channel *channel);
+int ox_image_begin_co(struct ox_image_channel *channel) OX_MUST_CHECK;
+/* What completed before the call, data and map, becomes durable. */
+int ox_image_commit_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 void ox_image_wait_background_co(struct ox_image_channel *channel);
 
-/* Runs fn_co in a fiber of a private loop that is gone afterwards.  Blocks. */
+/* run.c: runs fn_co in a fiber of a private loop that is gone afterwards.  Blocks. */
 int ox_image_run_private(void (*fn_co)(struct ox_loop *loop, void *arg), void *arg,
                          struct ox_error *err) OX_MUST_CHECK;
+
+/* read.c.  Offsets beyond an image's end read as zero. */
+/* The image's own map, loaded if need be; extent->length is from 1 to `length`. */
+int ox_image_extent_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                       struct ox_extent *extent) OX_MUST_CHECK;
+/* The same down the chain: never BACKING.  *at: the channel of the image that said so; *depth (may
+ * be NULL): how far down it is. */
+int ox_image_find_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                     struct ox_image_channel **at, struct ox_extent *extent, unsigned *depth)
+        OX_MUST_CHECK;
+/* Reads [offset, offset + length) to the list's bytes from `at` on. */
+int ox_image_read_list_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                          const struct ox_list *list, uint64_t at) OX_MUST_CHECK;
+int ox_image_read_old_co(struct ox_image_channel *channel, uint64_t offset, void *buf, size_t bytes)
+        OX_MUST_CHECK;
+/* The offset that decides the IV of what is at these two. */
+uint64_t ox_image_crypto_offset(const struct ox_image *image, uint64_t offset,
+                                uint64_t store_offset);
+/* An aligned buffer, or NULL. */
+void *ox_image_buffer(size_t bytes);
+
+/* write.c.  The image is begun.  Both leave durability to the caller: *commit is set if what was
+ * done needs ox_image_commit_co() to be durable; `durable` writes that need no commit are durable
+ * when this returns. */
+int ox_image_write_list_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                           const struct ox_list *list, uint64_t at, bool durable, bool *commit)
+        OX_MUST_CHECK;
+int ox_image_write_zeroes_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                             bool durable, bool *commit) OX_MUST_CHECK;
+void ox_image_lock_clusters_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length,
+                               struct ox_range *range);
+
+/* clear.c: ZERO, DISCARD, SECURE_ERASE.  The image is begun. */
+int ox_image_clear_co(struct ox_image_channel *channel, enum ox_io_op op, uint64_t offset,
+                      uint64_t length, unsigned flags) OX_MUST_CHECK;
 
 #endif
