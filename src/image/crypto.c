@@ -136,11 +136,14 @@ static gnutls_cipher_algorithm_t aes_xts(size_t key_bytes)
 
 static int find_iv(const char *iv, const char *what, struct spec *spec, struct ox_error *err)
 {
-	if (strcmp(iv, "plain64") == 0) {
+	size_t length = strcspn(iv, ":");
+
+	/* A hash behind these two means nothing; QEMU writes one when it is told to. */
+	if (length == 7 && strncmp(iv, "plain64", 7) == 0) {
 		spec->iv = IV_PLAIN64;
 		return 0;
 	}
-	if (strcmp(iv, "plain") == 0) {
+	if (length == 5 && strncmp(iv, "plain", 5) == 0) {
 		spec->iv = IV_PLAIN;
 		return 0;
 	}

@@ -16,6 +16,8 @@
 
 static const struct ox_format_ops *const drivers[] = {
         &ox_format_raw,
+        &ox_format_luks,
+        &ox_format_qed,
 };
 
 const struct ox_format_ops *ox_format_find(const char *name)
