@@ -96,12 +96,12 @@ static int run_check(struct check *check, bool fix, struct ox_error *err)
 
 static void print_repairs(uint64_t leaks, uint64_t corruptions)
 {
-	puts("The following inconsistencies were found and repaired:\n");
-	if (leaks)
-		printf("    %" PRIu64 " leaked clusters\n", leaks);
-	if (corruptions)
-		printf("    %" PRIu64 " corruptions\n", corruptions);
-	puts("\nDouble checking the fixed image now...");
+	printf("The following inconsistencies were found and repaired:\n\n"
+	       "    %" PRIu64 " leaked clusters\n"
+	       "    %" PRIu64 " corruptions\n"
+	       "\n"
+	       "Double checking the fixed image now...\n",
+	       leaks, corruptions);
 }
 
 static double per_cent(uint64_t part, uint64_t whole)

@@ -134,7 +134,7 @@ def create_lists_its_options():
 def create_says_what_is_wrong():
     create = lambda *args: run(OXBOW, "create", *args)
     fails(create("-f", "rwa", "x", "1M"), "'rwa'", "did you mean raw")
-    fails(create("-f", "qcow2", "x", "1M"), "qcow2 is recognised and not supported")
+    fails(create("-f", "vmdk", "x", "1M"), "vmdk is recognised and not supported")
     fails(create("-o", "prealocation=full", "x", "1M"), "did you mean preallocation")
     fails(create("-o", "preallocation=fall", "x", "1M"), "'fall'", "full")
     fails(create("-o", "preallocation", "x", "1M"), "needs a value")
@@ -202,8 +202,7 @@ def info_is_json_for_any_name():
 
 @test
 def info_knows_the_other_formats():
-    made = {"qcow2": [], "qcow": [], "qed": [], "vmdk": [], "vdi": [], "vpc": [], "vhdx": [],
-            "parallels": []}
+    made = {"qcow": [], "vmdk": [], "vdi": [], "vpc": [], "vhdx": [], "parallels": []}
     for fmt, options in made.items():
         result = run(QEMU_IMG, "create", "-q", "-f", fmt, *options, "x." + fmt, "1M")
         expect(result.returncode == 0, fmt, result.stderr)
@@ -212,11 +211,6 @@ def info_knows_the_other_formats():
         fails(run(OXBOW, "info", "x." + fmt), f"format {fmt} is recognised and not supported")
         fails(run(OXBOW, "info", "-f", fmt, "x." + fmt), f"format {fmt} is recognised")
         expect(b"file format: raw" in succeeds(run(OXBOW, "info", "-f", "raw", "x." + fmt)), fmt)
-    # By hand: qemu-img measures the processor to make one, and fails on a busy machine.
-    with open("x.luks", "wb") as f:
-        f.write(b"LUKS\xba\xbe\0\1")
-        f.truncate(1 << 20)
-    fails(run(OXBOW, "info", "x.luks"), "format luks is recognised and not supported")
     for subformat in ("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse",
                       "twoGbMaxExtentFlat", "streamOptimized"):
         expect(run(QEMU_IMG, "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}",
@@ -315,10 +309,12 @@ def a_block_device_keeps_its_size():
         run("losetup", "-d", device)
 
 
-def main():
-    print(f"1..{len(tests)}")
+def main(chosen=None):
+    """Runs the tests of this file, or those of another that uses its helpers."""
+    chosen = tests if chosen is None else chosen
+    print(f"1..{len(chosen)}")
     failed = 0
-    for number, function in enumerate(tests, 1):
+    for number, function in enumerate(chosen, 1):
         name = function.__name__.replace("_", " ")
         work = tempfile.mkdtemp(prefix="ox-create-info-")
         os.chdir(work)
@@ -340,4 +336,5 @@ def main():
     return 1 if failed else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -155,8 +155,8 @@ static void test_unknown_words(void **state)
 	       "ignore, stop, enospc");
 	refuse(DISK "format = rwa\n",
 	       ":4: [web01] format: there is no image format 'rwa'; did you mean 'raw'?");
-	refuse(DISK "format = qcow2\n",
-	       ":4: [web01] format: format qcow2 is known and not supported by this version");
+	refuse(DISK "format = vmdk\n",
+	       ":4: [web01] format: format vmdk is known and not supported by this version");
 	refuse(DISK "qqqqqqqqqqqqqqq = 1\n",
 	       ":4: [web01] qqqqqqqqqqqqqqq: there is no such key; 'oxbow serve --help' lists "
 	       "them");
@@ -181,6 +181,52 @@ static void test_bad_values(void **state)
 	refuse("[global]\niothreads = many\n" DISK,
 	       ":2: [global] iothreads: 'many' is not a number from 1 to 64");
 	refuse("[global]\ncontrol =\n" DISK, ":2: [global] control: the value is empty");
+}
+
+static void test_chain(void **state)
+{
+	char secret[] = "/tmp/oxbow-test-secret.XXXXXX", text[300];
+	const uint8_t *bytes;
+	size_t count;
+	int fd = mkstemp(secret);
+
+	assert_true(fd >= 0);
+	assert_int_equal(write(fd, "phrase", 6), 6);
+	close(fd);
+	snprintf(text, sizeof(text),
+	         "[global]\nobject = secret,id=a,file=%s\nobject = secret,id=b,file=%s\n" DISK
+	         "allow-dir = /tmp\nallow-dir = /usr\n   /etc\nmetadata-cache = 1M\n"
+	         "discard-no-unref = on\nkey-secret = b\n",
+	         secret, secret);
+	accept(text);
+	assert_string_equal(config.disks[0].disk.allow_dirs[0], "/tmp");
+	assert_string_equal(config.disks[0].disk.allow_dirs[1], "/usr");
+	assert_string_equal(config.disks[0].disk.allow_dirs[2], "/etc");
+	assert_null(config.disks[0].disk.allow_dirs[3]);
+	assert_int_equal(config.disks[0].disk.metadata_cache, 1 << 20);
+	assert_true(config.disks[0].disk.discard_no_unref);
+	assert_string_equal(config.disks[0].disk.key_secret, "b");
+	assert_int_equal(ox_secrets_find(config.disks[0].disk.secrets, "b", &bytes, &count, &err),
+	                 0);
+	assert_int_equal(count, 6);
+	assert_memory_equal(bytes, "phrase", 6);
+	assert_int_equal(unlink(secret), 0);
+	accept(DISK);
+	assert_null(config.disks[0].disk.allow_dirs);
+	assert_int_equal(config.disks[0].disk.metadata_cache, 0);
+	refuse(DISK "allow-dir = /nowhere\n",
+	       ":4: [web01] allow-dir: /nowhere: No such file or directory");
+	refuse(DISK "allow-dir = /etc/passwd\n",
+	       ":4: [web01] allow-dir: /etc/passwd is not a directory");
+	refuse(DISK "metadata-cache = 1k\n",
+	       ":4: [web01] metadata-cache: '1k' is not a size from 64k to 1T");
+	refuse(DISK "discard-no-unref = maybe\n",
+	       ":4: [web01] discard-no-unref: 'maybe' is neither yes nor no");
+	refuse(DISK "key-secret = x\n",
+	       ":1: [web01] key-secret: there is no secret 'x'; give it with --object "
+	       "secret,id=x,file=PATH");
+	refuse(DISK "object = secret,id=a,file=/x\n",
+	       ":4: [web01] object: this belongs into [global]");
 }
 
 static void test_places(void **state)
@@ -283,7 +329,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 	        TEST(two_disks), TEST(long_line), TEST(unknown_words), TEST(bad_values),
 	        TEST(places),    TEST(syntax),    TEST(incomplete),    TEST(same_socket),
-	        TEST(no_file),   TEST(skip),
+	        TEST(chain),     TEST(no_file),   TEST(skip),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
