@@ -17,6 +17,7 @@
 #include <libgen.h>
 #include <limits.h>
 #include <string.h>
+#include <sys/stat.h>
 
 /* Where the directory part of a path ends: behind its last slash, or behind the stores that wrap
  * another ("faulty:RULES:"). */
@@ -75,9 +76,24 @@ static bool is_below(const char *path, const char *dir)
 	return strncmp(path, dir, length) == 0 && path[length] == '/';
 }
 
-static bool is_allowed(const struct ox_allow *allow, const char *own_dir, const char *real)
+/* The directory of the image itself.  A device has none: all of a host's devices are its
+ * neighbours. */
+static char *own_directory(const char *image_path)
 {
-	if (own_dir && is_below(real, own_dir))
+	OX_FREE char *dir = NULL;
+	struct stat st;
+
+	if (stat(bare_path(image_path), &st) < 0 || !S_ISREG(st.st_mode))
+		return NULL;
+	dir = ox_xasprintf("%s", bare_path(image_path));
+	return realpath(dirname(dir), NULL);
+}
+
+static bool is_allowed(const struct ox_allow *allow, const char *image_path, const char *real)
+{
+	OX_FREE char *own = own_directory(image_path);
+
+	if (own && is_below(real, own))
 		return true;
 	for (const char *const *dir = allow->dirs; dir && *dir; dir++) {
 		OX_FREE char *real_dir = realpath(*dir, NULL);
@@ -114,8 +130,6 @@ int ox_image_allowed_name(const struct ox_allow *allow, const char *image_path, 
 {
 	OX_FREE char *resolved = NULL;
 	OX_FREE char *real = NULL;
-	OX_FREE char *own = NULL;
-	OX_FREE char *own_dir = NULL;
 	int rc;
 
 	*path = NULL;
@@ -130,15 +144,117 @@ int ox_image_allowed_name(const struct ox_allow *allow, const char *image_path, 
 		if (!real)
 			return ox_error_set(err, errno, "%s: its header names %s: %s", image_path,
 			                    resolved, strerror(errno));
-		own = realpath(bare_path(image_path), NULL);
-		own_dir = own ? ox_xasprintf("%.*s", (int)directory_length(own), own) : NULL;
-		if (!is_allowed(allow, own_dir, real))
+		if (!is_allowed(allow, image_path, real))
 			return ox_error_set(err, EACCES,
 			                    "%s: its header names %s, which lies outside the "
-			                    "image's directory; if that is right, add "
+			                    "directories that may be used; if that is right, add "
 			                    "--allow-dir %s",
 			                    image_path, resolved, dirname(real));
 	}
 	*path = ox_steal_ptr(resolved);
 	return 0;
+}
+
+/* --- opening ------------------------------------------------------------------------------------
+ */
+
+static bool is_same(const struct ox_store *store, uint64_t dev, uint64_t ino)
+{
+	return (store->dev || store->ino) && store->dev == dev && store->ino == ino;
+}
+
+/* Is it one of the files that led to it?  Asked before it is opened, since the lock that it would
+ * wait for would be our own. */
+static int check_loop(const struct ox_image_link *above, const char *path, struct ox_error *err)
+{
+	struct stat st;
+	uint64_t dev, ino;
+
+	if (above->depth + 1 >= OX_CHAIN_MAX)
+		return ox_error_set(err, ELOOP, "%s: the chain of images is longer than %u",
+		                    above->image->store->path, OX_CHAIN_MAX);
+	if (stat(bare_path(path), &st) < 0)
+		return 0; /* opening it will say */
+	/* As the stores name files and devices. */
+	dev = S_ISBLK(st.st_mode) ? st.st_rdev : st.st_dev;
+	ino = S_ISBLK(st.st_mode) ? 0 : st.st_ino;
+	for (const struct ox_image_link *link = above; link; link = link->above) {
+		if (is_same(link->image->store, dev, ino) ||
+		    (link->image->data != link->image->store &&
+		     is_same(link->image->data, dev, ino)))
+			return ox_error_set(
+			        err, ELOOP, "%s: its header names %s, which leads back to %s",
+			        above->image->store->path, path, link->image->store->path);
+	}
+	return 0;
+}
+
+static int named_path(const struct ox_image_link *self, const char *name, char **path,
+                      struct ox_error *err)
+{
+	const struct ox_image *image = self->image;
+	int rc;
+
+	rc = ox_image_allowed_name(&image->options.allow, image->store->path, name, path, err);
+	return rc < 0 ? rc : check_loop(self, *path, err);
+}
+
+static int open_data_file(struct ox_image *image, const struct ox_image_link *self,
+                          struct ox_error *err)
+{
+	OX_FREE char *path = NULL;
+	struct ox_store *data;
+	int rc = named_path(self, image->data_file, &path, err);
+
+	if (rc == 0)
+		rc = ox_store_open(path, &image->options.store, &data, err);
+	if (rc == 0)
+		image->data = data;
+	return rc;
+}
+
+/* A data file that stays closed is one of no bytes: then nothing takes the hit path, and the slow
+ * one knows. */
+static int do_without_data_file(struct ox_image *image, struct ox_error *err)
+{
+	const struct ox_store_options options = {.read_only = true, .aio = OX_AIO_SYNC};
+	struct ox_store *none;
+	int rc = ox_store_open("null:0", &options, &none, err);
+
+	if (rc < 0)
+		return rc;
+	image->generic->no_data = true;
+	image->data = none;
+	return 0;
+}
+
+static int open_backing_file(struct ox_image *image, const struct ox_image_link *self,
+                             struct ox_error *err)
+{
+	struct ox_image_options options = image->options;
+	OX_FREE char *path = NULL;
+	int rc = named_path(self, image->backing_file, &path, err);
+
+	if (rc < 0)
+		return rc;
+	options.format = image->backing_format;
+	options.store.read_only = true;
+	if (options.store.lock != OX_LOCK_NONE)
+		options.store.lock = OX_LOCK_READ;
+	return ox_image_open_link(path, &options, self, &image->backing, err);
+}
+
+int ox_image_open_named(struct ox_image *image, const struct ox_image_link *above,
+                        struct ox_error *err)
+{
+	const struct ox_image_link self = {
+	        .above = above, .image = image, .depth = above ? above->depth + 1 : 0};
+	bool closed = image->options.allow.nothing || image->options.for_check;
+	int rc = 0;
+
+	if (image->data_file)
+		rc = closed ? do_without_data_file(image, err) : open_data_file(image, &self, err);
+	if (rc == 0 && image->backing_file && !closed)
+		rc = open_backing_file(image, &self, err);
+	return rc;
 }

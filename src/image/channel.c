@@ -219,6 +219,16 @@ static void turn_over_co(void *arg)
 	assert(channel->in_flight[side] == 0);
 }
 
+void ox_image_leave(struct ox_image_channel *channel, unsigned side)
+{
+	struct ox_fiber *waiter = channel->grace_waiter;
+
+	if (--channel->in_flight[side] > 0 || side == channel->phase || !waiter)
+		return;
+	channel->grace_waiter = NULL;
+	ox_fiber_resume(waiter);
+}
+
 void ox_image_grace_co(struct ox_image_channel *channel)
 {
 	struct ox_image_generic *generic = channel->image->generic;

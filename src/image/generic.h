@@ -72,6 +72,30 @@ int ox_image_begin_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 int ox_image_commit_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 void ox_image_wait_background_co(struct ox_image_channel *channel);
 
+/* Counts something on a side of the channel's grace periods (channel->phase when it began), and
+ * takes it off; ox_image_leave() may resume a fiber. */
+static inline void ox_image_enter(struct ox_image_channel *channel, unsigned side)
+{
+	channel->in_flight[side]++;
+}
+void ox_image_leave(struct ox_image_channel *channel, unsigned side);
+
+/* open.c: what the file takes on its file system, bytes; 0 for a device, or without a file. */
+uint64_t ox_image_allocated_bytes(const struct ox_store *store);
+
+/* chain.c: opens what the header names, as image->options.allow says.  Blocks. */
+struct ox_image_link {
+	const struct ox_image_link *above; /* who named it; NULL: the top */
+	const struct ox_image *image;
+	unsigned depth;
+};
+int ox_image_open_named(struct ox_image *image, const struct ox_image_link *above,
+                        struct ox_error *err) OX_MUST_CHECK;
+/* open.c */
+int ox_image_open_link(const char *path, const struct ox_image_options *options,
+                       const struct ox_image_link *above, struct ox_image **image,
+                       struct ox_error *err) OX_MUST_CHECK;
+
 /* run.c: runs fn_co in a fiber of a private loop that is gone afterwards.  Blocks. */
 int ox_image_run_private(void (*fn_co)(struct ox_loop *loop, void *arg), void *arg,
                          struct ox_error *err) OX_MUST_CHECK;

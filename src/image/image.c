@@ -40,18 +40,16 @@ static void image_finish(struct ox_request *request, int result)
 {
 	struct ox_image_channel *channel = request->channel;
 	unsigned side = request->image_phase;
-	struct ox_fiber *waiter = NULL;
 
-	channel->in_flight[side]--;
-	if (ox_unlikely(channel->grace_waiter != NULL) && side != channel->phase &&
-	    channel->in_flight[side] == 0) {
-		waiter = channel->grace_waiter;
-		channel->grace_waiter = NULL;
-	}
 	request->result = result;
+	if (ox_unlikely(side != channel->phase)) {
+		/* A grace period may wait for it, and its channel is there as long as that does. */
+		ox_image_leave(channel, side);
+		request->image_done(request);
+		return;
+	}
+	channel->in_flight[side]--;
 	request->image_done(request);
-	if (ox_unlikely(waiter != NULL))
-		ox_fiber_resume(waiter);
 }
 
 /* --- the guarded sector ------------------------------------------------------------------- */

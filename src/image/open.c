@@ -7,6 +7,7 @@
  */
 #include "image/generic.h"
 #include "base/text.h"
+#include "image/crypto.h"
 #include <errno.h>
 #include <jansson.h>
 #include <string.h>
@@ -78,7 +79,6 @@ static int choose_format(struct ox_image *image, const char *path,
 
 struct load {
 	struct ox_image *image;
-	const struct ox_image_options *options;
 	struct ox_error *err;
 	int result;
 };
@@ -86,21 +86,21 @@ struct load {
 static void load_co(struct ox_loop *loop, void *arg)
 {
 	struct load *load = arg;
-	struct ox_image_channel channel = {.image = load->image, .loop = loop};
+	struct ox_image *image = load->image;
+	struct ox_image_channel channel = {.image = image, .loop = loop};
 
-	load->result = ox_store_attach(load->image->store, loop, &channel.store, load->err);
+	load->result = ox_store_attach(image->store, loop, &channel.store, load->err);
 	if (load->result < 0)
 		return;
-	load->result = load->image->ops->open_co(&channel, load->options, load->err);
+	load->result = image->ops->open_co(&channel, &image->options, load->err);
 	ox_image_wait_background_co(&channel);
 	ox_store_detach(channel.store);
 }
 
 /* Lets the format read what it needs to know, on a loop that is only there for that. */
-static int load(struct ox_image *image, const struct ox_image_options *options,
-                struct ox_error *err)
+static int load(struct ox_image *image, struct ox_error *err)
 {
-	struct load load = {.image = image, .options = options, .err = err};
+	struct load load = {.image = image, .err = err};
 	int rc;
 
 	image->data = image->store;
@@ -115,9 +115,13 @@ static int load(struct ox_image *image, const struct ox_image_options *options,
 
 static void free_image(struct ox_image *image)
 {
+	ox_image_close(image->backing);
 	if (image->ops)
 		image->ops->close(image);
+	if (image->data != image->store)
+		ox_store_close(image->data);
 	ox_store_close(image->store);
+	ox_crypto_free(image->crypto);
 	ox_image_generic_free(image->generic);
 	free(image->backing_file);
 	free(image->backing_format);
@@ -125,33 +129,60 @@ static void free_image(struct ox_image *image)
 	free(image);
 }
 
-int ox_image_open(const char *path, const struct ox_image_options *options, struct ox_image **out,
-                  struct ox_error *err)
+/* The caller's strings may go once the image is open. */
+static void keep_options(struct ox_image *image, const struct ox_image_options *options)
+{
+	struct ox_image_generic *generic = image->generic;
+	struct ox_image_options *kept = &image->options;
+	size_t count = 0;
+
+	*kept = *options;
+	kept->format = generic->format = options->format ? ox_xstrdup(options->format) : NULL;
+	kept->key_secret = generic->key_secret =
+	        options->key_secret ? ox_xstrdup(options->key_secret) : NULL;
+	while (options->allow.dirs && options->allow.dirs[count])
+		count++;
+	generic->dirs = ox_xcalloc(count + 1, sizeof(*generic->dirs));
+	for (size_t i = 0; i < count; i++)
+		generic->dirs[i] = ox_xstrdup(options->allow.dirs[i]);
+	kept->allow.dirs = (const char *const *)generic->dirs;
+}
+
+int ox_image_open_link(const char *path, const struct ox_image_options *options,
+                       const struct ox_image_link *above, struct ox_image **out,
+                       struct ox_error *err)
 {
 	struct ox_image *image;
 	int rc;
 
+	*out = NULL;
 	/* A wrong word needs no look at the file. */
 	if (options->format && !ox_format_find(options->format))
 		return no_driver(path, options->format, err);
 	image = ox_xcalloc(1, sizeof(*image));
-	image->options = *options;
-	image->read_only = options->store.read_only;
 	image->generic = ox_image_generic_new();
+	image->read_only = options->store.read_only;
+	keep_options(image, options);
 	rc = ox_store_open(path, &options->store, &image->store, err);
-	if (rc < 0)
-		goto fail;
-	rc = choose_format(image, path, options, err);
-	if (rc < 0)
-		goto fail;
-	rc = load(image, options, err);
-	if (rc < 0)
-		goto fail;
+	image->data = image->store;
+	if (rc == 0)
+		rc = choose_format(image, path, options, err);
+	if (rc == 0)
+		rc = load(image, err);
+	if (rc == 0)
+		rc = ox_image_open_named(image, above, err);
+	if (rc < 0) {
+		free_image(image);
+		return rc;
+	}
 	*out = image;
 	return 0;
-fail:
-	free_image(image);
-	return rc;
+}
+
+int ox_image_open(const char *path, const struct ox_image_options *options, struct ox_image **image,
+                  struct ox_error *err)
+{
+	return ox_image_open_link(path, options, NULL, image, err);
 }
 
 void ox_image_close(struct ox_image *image)
@@ -167,7 +198,7 @@ const char *ox_image_format_name(const struct ox_image *image)
 }
 
 /* What the file takes on its file system; a device, or a store without a file, takes nothing. */
-static uint64_t allocated_bytes(const struct ox_store *store)
+uint64_t ox_image_allocated_bytes(const struct ox_store *store)
 {
 	const char *path = store->path;
 	struct stat st;
@@ -188,7 +219,7 @@ int ox_image_get_info(struct ox_image *image, struct ox_image_info *info, struct
 	*info = (struct ox_image_info){
 	        .format = image->ops->name,
 	        .virtual_size = ox_image_size_now(image),
-	        .actual_size = allocated_bytes(image->store),
+	        .actual_size = ox_image_allocated_bytes(image->store),
 	        .cluster_size = image->cluster_size > 1 ? (uint32_t)image->cluster_size : 0,
 	        .encrypted = image->crypto != NULL,
 	};

@@ -2,18 +2,34 @@
  *
  * Another size, and the checks that go with it.
  *
- * Order: a larger size is published to requests (image->size) when the added range reads as it
- * shall; a smaller one by the caller, who waits for what is in flight beyond it.
+ * Order: the caller publishes a larger size to its users when this has returned, and the added
+ * range reads as zero by then; a smaller one it publishes before, and waits for what is in flight
+ * beyond it.
  */
 #include "image/generic.h"
 #include <errno.h>
 #include <string.h>
+
+/* What a longer backing image has behind the old end would show through: it is covered with
+ * zeroes. */
+static int hide_backing_co(struct ox_image_channel *channel, uint64_t old, uint64_t size)
+{
+	uint64_t end;
+
+	if (!channel->backing)
+		return 0;
+	end = ox_min(size, ox_image_size_now(channel->backing->image));
+	if (end <= old)
+		return 0;
+	return ox_image_clear_co(channel, OX_IO_ZERO, old, end - old, OX_IO_MAY_UNMAP);
+}
 
 int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
                        enum ox_preallocation prealloc, struct ox_error *err)
 {
 	struct ox_image *image = channel->image;
 	const struct ox_format_maintenance *m = image->ops->maintenance;
+	uint64_t old = ox_image_size_now(image);
 	int rc;
 
 	if (image->read_only)
@@ -30,11 +46,23 @@ int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
 	if (rc < 0)
 		return ox_error_set(err, -rc, "%s: cannot be changed: %s", image->store->path,
 		                    strerror(-rc));
+	if (image->backing_file && !image->backing && size > old)
+		return ox_error_set(err, EIO,
+		                    "%s: it cannot grow while its backing file is not open",
+		                    image->store->path);
 	rc = m->resize_co(channel, size, prealloc, err);
 	if (rc < 0)
 		return rc;
+	/* The disk above publishes it to the guest only when this has returned. */
 	__atomic_store_n(&image->size, size, __ATOMIC_RELEASE);
-	return 0;
+	rc = hide_backing_co(channel, old, size);
+	if (rc == 0)
+		return 0;
+	ox_error_set(err, -rc, "%s: the new part could not be zeroed: %s", image->store->path,
+	             strerror(-rc));
+	if (m->resize_co(channel, old, OX_PREALLOC_OFF, NULL) == 0)
+		__atomic_store_n(&image->size, old, __ATOMIC_RELEASE);
+	return rc;
 }
 
 int ox_image_check_co(struct ox_image_channel *channel, struct ox_image_check *check,
