@@ -122,7 +122,6 @@ struct qcow2_allocator {
 
 	/* The leak scan runs: free space stays untouched, notes stay where they are. */
 	bool leak_scan;
-	uint64_t leak_end; /* clusters from here on are of this session */
 };
 
 #define QCOW2_FREE_RUNS_MAX 4096u

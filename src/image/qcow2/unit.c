@@ -562,14 +562,17 @@ int qcow2_walk_co(struct ox_image_channel *channel,
 		store_offset = unit_store_offset(q, index);
 		if (!store_offset)
 			continue;
-		if (!get_unit(q, index)) {
-			rc = read_words_co(channel, store_offset, words);
-			if (rc < 0)
-				return rc;
-		}
 		/* Memory knows better, also if it came to know it while we read. */
 		pthread_mutex_lock(&q->lock);
 		unit = q->units[index];
+		if (!unit) {
+			pthread_mutex_unlock(&q->lock);
+			rc = read_words_co(channel, store_offset, words);
+			if (rc < 0)
+				return rc;
+			pthread_mutex_lock(&q->lock);
+			unit = q->units[index];
+		}
 		for (uint32_t i = 0; unit && i < n; i++) {
 			uint64_t bitmap = 0;
 
