@@ -28,7 +28,8 @@ static bool run_dir(char *dir, size_t size)
 	return length > 0 && (size_t)length < size;
 }
 
-static int record_path(uint64_t dev, uint64_t ino, char *path, size_t size, bool make_dir)
+int ox_record_path(const char *kind, uint64_t dev, uint64_t ino, char *path, size_t size,
+                   bool make_dir)
 {
 	char dir[3072], boot[64] = "";
 	OX_CLOSE int fd = -1;
@@ -47,9 +48,14 @@ static int record_path(uint64_t dev, uint64_t ino, char *path, size_t size, bool
 		return -EIO;
 	boot[got] = '\0';
 	boot[strcspn(boot, "\n")] = '\0';
-	length = snprintf(path, size, "%s/flush-failed-%" PRIx64 "-%" PRIu64 "-%s", dir, dev, ino,
-	                  boot);
+	length =
+	        snprintf(path, size, "%s/%s-%" PRIx64 "-%" PRIu64 "-%s", dir, kind, dev, ino, boot);
 	return length > 0 && (size_t)length < size ? 0 : -ENAMETOOLONG;
+}
+
+static int record_path(uint64_t dev, uint64_t ino, char *path, size_t size, bool make_dir)
+{
+	return ox_record_path("flush-failed", dev, ino, path, size, make_dir);
 }
 
 int ox_record_failed_flush(uint64_t dev, uint64_t ino)

@@ -12,6 +12,12 @@
 
 #include "base/base.h"
 
+/* RUNDIR/KIND-DEV-INO-BOOTID: where a process leaves what the next one on the same file must know.
+ * make_dir: the directory is made if it is missing. 0 or -errno (-ENOENT: there is no run
+ * directory). */
+int ox_record_path(const char *kind, uint64_t dev, uint64_t ino, char *path, size_t size,
+                   bool make_dir) OX_MUST_CHECK;
+
 /* Any thread; each answers 0 or -errno (-ENOENT: there is no run directory). */
 int ox_record_failed_flush(uint64_t dev, uint64_t ino) OX_MUST_CHECK;
 bool ox_record_has_failed_flush(uint64_t dev, uint64_t ino);
