@@ -19,8 +19,8 @@
 #include <string.h>
 
 static const struct ox_command *const commands[] = {
-        &ox_command_check,  &ox_command_create, &ox_command_info,
-        &ox_command_resize, &ox_command_serve,
+        &ox_command_check, &ox_command_create, &ox_command_info,
+        &ox_command_map,   &ox_command_resize, &ox_command_serve,
 };
 
 static const char back_end_name[] = "oxbow-vhost-user-blk";

@@ -171,8 +171,10 @@ def create_encrypted():
         same_info("x")
         image = (f"driver={fmt},{word}key-secret=s,file.filename=x" if not word else
                  f"driver={fmt},{word}format=luks,{word}key-secret=s,file.filename=x")
-        read = run(QEMU_IO, *key, "--image-opts", "-c", "read -P 0 0 1", image)
-        expect(read.returncode == 0, "qemu-io does not open it:", read.stdout, read.stderr)
+        read = run(QEMU_IO, *key, "--image-opts", "-c", "write -P 5 0 64k", "-c",
+                   "read -P 5 0 64k", image)
+        expect(read.returncode == 0 and b"failed" not in read.stdout, "qemu-io:", read.stdout,
+               read.stderr)
         os.unlink("x")
         theirs = qemu_img(*args)
         same(text, theirs, args)
