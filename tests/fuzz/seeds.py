@@ -175,6 +175,32 @@ def probes(out):
     put(out, 'image_probe', 'short', b'QFI')
 
 
+def luks(out):
+    def header(name, cipher='aes', mode='xts-plain64', digest='sha256', key=64, area=4040,
+               payload=4040, first=8, step=504, stripes=4000, active=(0,), version=1, tail=0):
+        data = struct.pack('>6sH32s32s32sII20s32sI40s', b'LUKS\xba\xbe', version,
+                           cipher.encode(), mode.encode(), digest.encode(), payload, key,
+                           bytes(range(20)), bytes(range(32)), 1000,
+                           b'6e6c82bd-be68-42d2-a4ab-01f084b4c326')
+        for i in range(8):
+            data += struct.pack('>II32sII', 0x00AC71F3 if i in active else 0xDEAD, 1000,
+                                bytes(32), first + i * step, stripes)
+        put(out, 'luks_header', name, struct.pack('<I', area) + data + bytes(tail))
+
+    header('xts-256')
+    header('xts-128', key=32, step=256, payload=2056, area=1 << 20)
+    header('cbc-essiv', mode='cbc-essiv:sha256', digest='sha1', key=16, step=128, payload=1032)
+    header('cbc-plain', mode='cbc-plain', digest='sha512', key=24, step=192, payload=2048)
+    header('slots', active=(1, 5, 7), tail=4096)
+    header('no-slot', active=())
+    header('foreign', cipher='serpent', digest='whirlpool')
+    header('mode', mode='lrw-benbi')
+    header('stripes', stripes=1, step=1, first=2, payload=16)
+    header('overlap', step=500)
+    header('short', area=4000)
+    header('version-2', version=2)
+
+
 def configs(out):
     put(out, 'serve_config', 'two', b'''# two disks
 [global]
@@ -205,7 +231,7 @@ read-only = yes
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for make in (messages, rings, requests, probes, configs):
+    for make in (messages, rings, requests, probes, luks, configs):
         make(sys.argv[1])
 
 
