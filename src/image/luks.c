@@ -195,12 +195,12 @@ static const struct ox_create_word luks_create_words[] = {
         {"cipher-alg", "Name of encryption cipher algorithm"},
         {"cipher-mode", "Name of encryption cipher mode"},
         {"hash-alg", "Name of encryption hash algorithm"},
-        {"iter-time", "Time to spend in PBKDF in milliseconds"},
+        {"iter-time", "Time to spend in PBKDF in milliseconds", "num"},
         {"ivgen-alg", "Name of IV generator algorithm"},
         {"ivgen-hash-alg", "Name of IV generator hash algorithm"},
         {"key-secret", "ID of the secret that provides the keyslot passphrase"},
         {"preallocation", "Preallocation mode (allowed values: off, falloc, full)"},
-        {"size", "Virtual disk size"},
+        {"size", "Virtual disk size", "size"},
         {NULL, NULL},
 };
 
