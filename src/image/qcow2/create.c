@@ -343,8 +343,7 @@ static enum ox_preallocation store_prealloc(const struct qcow2_create *c)
 	                                              : OX_PREALLOC_OFF;
 }
 
-/* --- encryption, attributes
- * ------------------------------------------------------------------------- */
+/* --- encryption, attributes ------------------------------------------------------------------ */
 
 struct format_call {
 	struct maker *m;
@@ -395,8 +394,7 @@ static void set_nocow(const struct ox_image_create_options *options)
 	ox_log(OX_LOG_WARNING, "%s: nocow=on has no effect on this file system", options->path);
 }
 
-/* --- the external data file
- * -------------------------------------------------------------------------- */
+/* --- the external data file ------------------------------------------------------------------ */
 
 /* With some of the file's old bytes left after truncation it is a device. */
 static int fill_data_store(struct maker *m, struct ox_store *store)
@@ -452,8 +450,7 @@ static int make_data_file(struct maker *m)
 	return rc;
 }
 
-/* --- all of it
- * ------------------------------------------------------------------------------------------ */
+/* --- all of it ------------------------------------------------------------------------------- */
 
 static int fill_image_co(struct maker *m, const struct qcow2_header *header)
 {

@@ -154,8 +154,7 @@ static int parse_simple(const struct ox_image_create_options *options, struct qc
 	return rc;
 }
 
-/* --- what goes together
- * ----------------------------------------------------------------------------- */
+/* --- what goes together ---------------------------------------------------------------------- */
 
 static int needs_v3(const struct ox_image_create_options *options, const char *what,
                     struct ox_error *err)
@@ -258,8 +257,7 @@ int qcow2_create_parse(const struct ox_image_create_options *options, struct qco
 	return 0;
 }
 
-/* --- what qemu-img prints
- * --------------------------------------------------------------------------- */
+/* --- what qemu-img prints -------------------------------------------------------------------- */
 
 static void add_given(struct ox_image_create_options *options, const char *name)
 {

@@ -241,8 +241,7 @@ static int parse_tables(struct parse *p)
 	return rc;
 }
 
-/* --- features
- * ------------------------------------------------------------------------------------- */
+/* --- features -------------------------------------------------------------------------------- */
 
 /* What the file's own table calls this feature: printable ASCII in `out` of FEATURE_NAME_BYTES + 1
  * bytes; false: it has no name. */
@@ -343,8 +342,7 @@ static int check_crypt(struct parse *p)
 	return 0;
 }
 
-/* --- extensions
- * ----------------------------------------------------------------------------------- */
+/* --- extensions ------------------------------------------------------------------------------ */
 
 static int bad_extension(struct parse *p, const char *name, uint32_t bytes, const char *expected)
 {
@@ -609,8 +607,7 @@ int qcow2_header_parse(const uint8_t *data, size_t bytes, const char *what,
 	return rc;
 }
 
-/* --- encoding
- * ---------------------------------------------------------------------------------------- */
+/* --- encoding -------------------------------------------------------------------------------- */
 
 struct encode {
 	uint8_t *out;
@@ -715,8 +712,7 @@ int qcow2_header_encode(const struct qcow2_header *h, uint8_t *out, size_t clust
 	return 0;
 }
 
-/* --- changing
- * ------------------------------------------------------------------------------------------ */
+/* --- changing -------------------------------------------------------------------------------- */
 
 void qcow2_header_free(struct qcow2_header *header)
 {

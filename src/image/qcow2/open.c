@@ -43,8 +43,7 @@ int qcow2_read_co(struct ox_image_channel *channel, uint64_t offset, void *buf, 
 	return inside ? ox_store_read_co(channel->store, offset, buf, inside) : 0;
 }
 
-/* --- the header
- * ------------------------------------------------------------------------------------ */
+/* --- the header ------------------------------------------------------------------------------ */
 
 static int read_header_co(struct ox_image_channel *channel, struct qcow2_header *header,
                           struct ox_error *err)
@@ -164,8 +163,7 @@ int qcow2_corrupt_co(struct ox_image_channel *channel, const char *fmt, ...)
 	return -EIO;
 }
 
-/* --- opening
- * --------------------------------------------------------------------------------------- */
+/* --- opening --------------------------------------------------------------------------------- */
 
 static unsigned log2_of(uint64_t power)
 {
@@ -274,8 +272,7 @@ static int check_access(const struct ox_image *image, const struct qcow2 *q,
 	return 0;
 }
 
-/* --- encryption
- * ------------------------------------------------------------------------------------ */
+/* --- encryption ------------------------------------------------------------------------------ */
 
 struct unlock {
 	struct ox_image *image;
@@ -354,8 +351,7 @@ static int unlock_co(struct ox_image *image, const struct ox_image_options *opti
 	return ox_worker_call_co(unlock_in_worker, &unlock);
 }
 
-/* --- what the header refers to
- * --------------------------------------------------------------------- */
+/* --- what the header refers to --------------------------------------------------------------- */
 
 /* A check reports what is wrong with the tables itself. */
 static int read_tables_co(struct ox_image_channel *channel, const struct ox_image_options *options,

@@ -58,6 +58,7 @@ struct record_file {
 	uint32_t version, half_notes;
 	uint8_t session[16];
 	uint64_t dev, ino;
+	int64_t birth_ns; /* of the image's file; 0: unknown */
 	uint32_t cluster_bits, entry_bytes;
 	struct half half[2];
 	struct note notes[2][HALF_NOTES] __attribute__((aligned(4096)));
@@ -78,6 +79,21 @@ static int find_path(const struct qcow2 *q, char *path, bool make_dir)
 	if (store->dev == 0 && store->ino == 0)
 		return -ENOENT;
 	return ox_record_path("qcow2-map", store->dev, store->ino, path, PATH_BYTES, make_dir);
+}
+
+/* When the image's file was made: a new one may get the inode of one that was removed. */
+static int64_t find_birth(const struct qcow2 *q)
+{
+	const struct ox_store *store = q->image->store;
+	const char *path = store->path;
+	struct statx stx;
+
+	if (strncmp(path, "file:", 5) == 0)
+		path += 5;
+	if (statx(AT_FDCWD, path, 0, STATX_BTIME | STATX_INO, &stx) < 0 ||
+	    !(stx.stx_mask & STATX_BTIME) || stx.stx_ino != store->ino)
+		return 0;
+	return stx.stx_btime.tv_sec * INT64_C(1000000000) + stx.stx_btime.tv_nsec;
 }
 
 /* --- writing -------------------------------------------------------------------------------------
@@ -111,6 +127,7 @@ static int make_file(const struct qcow2 *q, const char *path, struct record_file
 	memcpy(file->session, q->header.session, sizeof(file->session));
 	file->dev = q->image->store->dev;
 	file->ino = q->image->store->ino;
+	file->birth_ns = find_birth(q);
 	file->cluster_bits = q->cluster_bits;
 	file->entry_bytes = q->entry_bytes;
 	file->half[0].sequence = 1;
@@ -235,8 +252,7 @@ void qcow2_record_end(struct qcow2 *q)
 		unlink(path);
 }
 
-/* --- adopting
- * -------------------------------------------------------------------------------------- */
+/* --- adopting -------------------------------------------------------------------------------- */
 
 static int refuse_file(const struct qcow2 *q, const char *path, const char *why,
                        struct ox_error *err)
@@ -263,6 +279,14 @@ static const char *what_is_wrong(const struct qcow2 *q, const struct record_file
 	    file->half[0].sequence == file->half[1].sequence)
 		return "is damaged";
 	return NULL;
+}
+
+/* Left behind by a file that is no more. */
+static bool is_of_another_birth(const struct qcow2 *q, const struct record_file *file)
+{
+	int64_t birth = find_birth(q);
+
+	return file->birth_ns && birth && file->birth_ns != birth;
 }
 
 /* 1: read, *out is malloc'd; 0: there is none. */
@@ -297,9 +321,9 @@ static int read_file(const struct qcow2 *q, const char *path, struct record_file
 		at += (size_t)got;
 	}
 	wrong = what_is_wrong(q, file);
-	if (wrong) {
+	if (wrong || is_of_another_birth(q, file)) {
 		free(file);
-		return refuse_file(q, path, wrong, err);
+		return wrong ? refuse_file(q, path, wrong, err) : 0;
 	}
 	*out = file;
 	return 1;
@@ -332,8 +356,9 @@ static int apply_half_co(struct ox_image_channel *channel, const struct record_f
 		rc = qcow2_apply_co(channel, level, index, note->entry, note->bitmap);
 		if (rc < 0)
 			return ox_error_set(err, -rc,
-			                    "%s: what a killed process left in %s cannot be taken "
-			                    "over: %s",
+			                    "%s: what a process that did not close it left in %s "
+			                    "cannot be taken over: %s; remove that record to go on "
+			                    "without it, and check the image",
 			                    q->image->store->path, path, strerror(-rc));
 	}
 	return 0;
@@ -364,11 +389,6 @@ static int adopt_co(struct ox_image_channel *channel, const struct record_file *
 		        "no longer belongs to it, because another program has written to "
 		        "the image since",
 		        err);
-	if (image->options.for_check)
-		return ox_error_set(err, EBUSY,
-		                    "%s: a process that did not close it left changes in %s; open "
-		                    "it for writing once (oxbow serve), then repair it",
-		                    image->store->path, path);
 	rc = apply_half_co(channel, file, older, path, err);
 	if (rc == 0)
 		rc = apply_half_co(channel, file, 1 - older, path, err);
