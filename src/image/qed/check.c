@@ -519,7 +519,7 @@ static int take_mark_off_co(struct ox_image_channel *channel)
 {
 	struct qed *q = qed_of(channel);
 
-	q->unchecked = false;
+	qed_set_unchecked(q, false);
 	__atomic_store_n(&q->damaged, false, __ATOMIC_RELAXED);
 	if (!(q->header.features & QED_F_NEED_CHECK) || q->begun)
 		return 0;
@@ -558,8 +558,8 @@ int qed_repair_mark_co(struct ox_image_channel *channel, struct ox_error *err)
 	if (rc < 0)
 		return rc;
 	if (check.corruptions > 0) {
-		q->unchecked = false;
-		qed_damaged(q, "%" PRIu64 " clusters or tables are in use twice",
+		qed_set_unchecked(q, false);
+		qed_damaged(q, "clusters or tables are in use twice (%" PRIu64 ")",
 		            check.corruptions);
 		return 0;
 	}

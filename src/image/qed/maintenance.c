@@ -15,9 +15,12 @@
 #define DEFAULT_TABLE   4u
 
 static const struct ox_create_word qed_create_words[] = {
-        {"cluster_size", "Cluster size (in bytes)"},
-        {"table_size", "L1/L2 table size (in clusters)"},
-        {NULL, NULL},
+        {"backing_file", "File name of a base image", NULL},
+        {"backing_fmt", "Image format of the base image", NULL},
+        {"cluster_size", "Cluster size (in bytes)", "size"},
+        {"size", "Virtual disk size", "size"},
+        {"table_size", "L1/L2 table size (in clusters)", "size"},
+        {NULL, NULL, NULL},
 };
 
 /* --- create
@@ -172,12 +175,12 @@ static int qed_resize_co(struct ox_image_channel *channel, uint64_t size,
 		return rc;
 	rc = qed_map_grow_co(channel, size);
 	if (rc == 0) {
-		q->header.image_size = size;
+		__atomic_store_n(&q->header.image_size, size, __ATOMIC_RELEASE);
 		rc = qed_write_header_co(channel);
 	}
 	if (rc == 0)
 		return 0;
-	q->header.image_size = former;
+	__atomic_store_n(&q->header.image_size, former, __ATOMIC_RELEASE);
 	return ox_error_set(err, -rc, "%s: cannot write the new size: %s", path, strerror(-rc));
 }
 

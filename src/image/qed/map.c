@@ -247,8 +247,8 @@ int qed_map_grow_co(struct ox_image_channel *channel, uint64_t size)
 	}
 	l1->former = former;
 	__atomic_store_n(&q->l1, l1, __ATOMIC_RELEASE);
-	if (bad > 0 && !q->unchecked)
-		qed_damaged(q, "%llu entries of the L1 table are not valid",
+	if (bad > 0 && !qed_is_unchecked(q))
+		qed_damaged(q, "its L1 table has entries that are not valid (%llu)",
 		            (unsigned long long)bad);
 	return 0;
 }
@@ -441,9 +441,9 @@ static int load_block_co(struct ox_image_channel *channel, void *arg)
 	pthread_mutex_lock(&q->lock);
 	bad = judge_l2_block(q, block);
 	pthread_mutex_unlock(&q->lock);
-	if (bad > 0 && !q->unchecked)
-		qed_damaged(q, "%u entries of the L2 table at %#llx are not valid", bad,
-		            (unsigned long long)block->store_offset);
+	if (bad > 0 && !qed_is_unchecked(q))
+		qed_damaged(q, "the L2 table at %#llx has entries that are not valid (%u)",
+		            (unsigned long long)block->store_offset, bad);
 	__atomic_store_n(&block->ready, true, __ATOMIC_RELEASE);
 	return 0;
 }

@@ -154,13 +154,13 @@ static int qed_open_co(struct ox_image_channel *channel, const struct ox_image_o
 	set_geometry(q);
 	image->size = q->header.image_size;
 	image->cluster_size = image->zero_unit = q->cluster_size;
-	q->unchecked = (q->header.features & QED_F_NEED_CHECK) != 0;
+	qed_set_unchecked(q, (q->header.features & QED_F_NEED_CHECK) != 0);
 	rc = qed_map_init_co(channel,
 	                     options->metadata_cache ? options->metadata_cache : OX_METADATA_CACHE,
 	                     err);
 	if (rc < 0)
 		return rc;
-	if (q->unchecked && !options->for_check && is_locked_for_writing(image))
+	if (qed_is_unchecked(q) && !options->for_check && is_locked_for_writing(image))
 		rc = qed_repair_mark_co(channel, err);
 	return rc;
 }
@@ -203,7 +203,7 @@ static int qed_begin_co(struct ox_image_channel *channel)
 	struct ox_error err = {0};
 	int rc = 0;
 
-	if (q->unchecked)
+	if (qed_is_unchecked(q))
 		rc = qed_repair_mark_co(channel, &err);
 	if (rc < 0) {
 		ox_log(OX_LOG_ERROR, "%s", err.text);

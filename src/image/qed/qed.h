@@ -145,7 +145,8 @@ struct qed_new_table {
 
 struct qed {
 	struct ox_image *image;
-	struct qed_header header; /* features and image_size change: by one fiber at a time */
+	/* features change, and image_size (atomic), by one fiber at a time. */
+	struct qed_header header;
 
 	/* Constant. */
 	unsigned cluster_shift;
@@ -163,7 +164,8 @@ struct qed {
 	 * the mark stays. */
 	bool damaged;
 	bool damage_said; /* atomic */
-	bool unchecked;   /* "need check" was found, and no check has come yet */
+	/* "need check" was found, and no check has come yet (atomic). */
+	bool unchecked;
 	bool begun;
 	/* A write of a table failed: what stands there is old or new. */
 	bool table_unsure;
@@ -191,6 +193,12 @@ struct qed {
 	uint64_t published; /* changes of the map so far: for metadata_dirty */
 };
 
+/* The disk's, bytes; ahead of image->size while it grows. */
+static inline uint64_t qed_size(const struct qed *q)
+{
+	return __atomic_load_n(&q->header.image_size, __ATOMIC_ACQUIRE);
+}
+
 static inline struct qed *qed_of(const struct ox_image_channel *channel)
 {
 	return channel->image->priv;
@@ -205,6 +213,14 @@ int qed_damaged(struct qed *q, const char *fmt, ...) __attribute__((format(print
 static inline bool qed_is_damaged(const struct qed *q)
 {
 	return __atomic_load_n(&q->damaged, __ATOMIC_RELAXED);
+}
+static inline bool qed_is_unchecked(const struct qed *q)
+{
+	return __atomic_load_n(&q->unchecked, __ATOMIC_RELAXED);
+}
+static inline void qed_set_unchecked(struct qed *q, bool unchecked)
+{
+	__atomic_store_n(&q->unchecked, unchecked, __ATOMIC_RELAXED);
 }
 /* Writes the header as it is in memory and flushes. */
 int qed_write_header_co(struct ox_image_channel *channel) OX_MUST_CHECK;

@@ -211,7 +211,7 @@ static bool take_spare(struct qed *q, uint64_t cluster, uint64_t *offset)
 	bool taken = false;
 
 	pthread_mutex_lock(&q->lock);
-	if (q->spare_count > 0 && end <= __atomic_load_n(&q->image->size, __ATOMIC_ACQUIRE)) {
+	if (q->spare_count > 0 && end <= qed_size(q)) {
 		*offset = q->spare[--q->spare_count];
 		taken = true;
 	}
@@ -222,7 +222,6 @@ static bool take_spare(struct qed *q, uint64_t cluster, uint64_t *offset)
 int qed_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a)
 {
 	struct qed *q = qed_of(channel);
-	uint64_t size = __atomic_load_n(&q->image->size, __ATOMIC_ACQUIRE);
 	uint64_t cluster = a->offset >> q->cluster_shift;
 	uint64_t last = (a->offset + a->length - 1) >> q->cluster_shift;
 	uint64_t index = cluster >> q->table_shift;
@@ -260,7 +259,7 @@ int qed_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a)
 		return rc;
 	}
 	a->offset = cluster << q->cluster_shift;
-	a->length = ox_min((uint64_t)n << q->cluster_shift, size - a->offset);
+	a->length = ox_min((uint64_t)n << q->cluster_shift, qed_size(q) - a->offset);
 	a->zeroed = fresh;
 	a->priv[A_BLOCK] = (uint64_t)(uintptr_t)block;
 	a->priv[A_TABLE] = table;
