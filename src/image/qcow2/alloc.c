@@ -330,7 +330,8 @@ static void size_batch(struct qcow2 *q, bool tables_alone)
 	uint64_t now = ox_clock_ns(), tables;
 
 	most = ox_min(most, (uint64_t)BATCH_BLOCKS << a->block_shift);
-	most = ox_min(most, ox_max(disk + 1, (uint64_t)BATCH_CLUSTERS));
+	/* What is counted ahead of need shall not make a small disk's file much larger than it. */
+	most = ox_min(most, ox_max(disk / 16, (uint64_t)BATCH_CLUSTERS));
 	if (tables_alone)
 		a->tables_batch *= 2;
 	else if (a->last_refill_ns == 0)
@@ -436,7 +437,8 @@ static void want_batch(struct qcow2 *q, uint64_t *data, uint64_t *tables, bool *
 	bool data_short, tables_short;
 
 	pthread_mutex_lock(&q->lock);
-	data_short = !q->data_file && a->data_left * 2 <= a->data_batch;
+	/* What is left may all be in the slices of channels that do not need it. */
+	data_short = !q->data_file && (a->data_left * 2 <= a->data_batch || TAILQ_EMPTY(&a->data));
 	tables_short = a->tables_left * 2 <= a->tables_batch;
 	if (data_short || tables_short)
 		size_batch(q, !data_short);
@@ -446,26 +448,38 @@ static void want_batch(struct qcow2 *q, uint64_t *data, uint64_t *tables, bool *
 	pthread_mutex_unlock(&q->lock);
 }
 
+static bool may_find_free(const struct qcow2_allocator *a)
+{
+	return a->free_count > 0 || a->scan_cursor < a->scan_end;
+}
+
 /* Gate held. */
 static int refill_co(struct ox_image_channel *channel)
 {
 	struct qcow2_space_list data = TAILQ_HEAD_INITIALIZER(data);
 	struct qcow2_space_list tables = TAILQ_HEAD_INITIALIZER(tables);
 	struct qcow2 *q = qcow2_of(channel);
-	uint64_t want_data, want_tables, got = 0;
+	uint64_t want_data, want_tables, short_of_data, got = 0;
 	bool reuse;
 	int rc = qcow2_frontier_begin_co(channel);
 
 	if (rc < 0)
 		return rc;
 	want_batch(q, &want_data, &want_tables, &reuse);
+	short_of_data = want_data;
 	if (want_data > 0 && reuse)
 		rc = qcow2_free_take_co(channel, want_data, &data, &got);
 	/* A batch that is half full is as good, and lasts until the next look for free space. */
 	want_data = got * 2 >= want_data ? 0 : want_data - got;
 	if (rc == 0)
 		rc = take_new_space_co(channel, want_tables, want_data, &tables, &data);
-	/* The end of the file is the end for new space only. */
+	/* The end of the device is the end for new space only: look on for free space. */
+	while ((rc == -ENOSPC || rc == -EFBIG) && got == 0 && short_of_data && reuse &&
+	       may_find_free(q->alloc)) {
+		int found = qcow2_free_take_co(channel, short_of_data, &data, &got);
+
+		rc = found < 0 ? found : rc;
+	}
 	if ((rc == -ENOSPC || rc == -EFBIG) && got > 0)
 		rc = 0;
 	if (rc == 0)
@@ -481,6 +495,7 @@ static int refill_co(struct ox_image_channel *channel)
 	return rc;
 }
 
+#define MORE_TRIES  16u
 #define LACKS_DATA  1
 #define LACKS_TABLE 2
 
@@ -512,8 +527,10 @@ int qcow2_alloc_more_co(struct ox_image_channel *channel)
 	if (rc <= 0)
 		return rc;
 	qcow2_gate_enter_co(a, &range, channel);
-	rc = lacked = look(channel);
-	if (lacked > 0) {
+	for (unsigned tries = 0; tries < MORE_TRIES; tries++) {
+		rc = lacked = look(channel);
+		if (lacked <= 0)
+			break;
 		rc = refill_co(channel);
 		pthread_mutex_lock(&q->lock);
 		a->failed = rc;
@@ -526,6 +543,9 @@ int qcow2_alloc_more_co(struct ox_image_channel *channel)
 			rc = 0;
 		else if (rc == 0)
 			rc = lacks < 0 ? lacks : -ENOSPC;
+		/* Others may have taken all that was new. */
+		if (rc != -ENOSPC || lacks < 0 || a->failed)
+			break;
 	}
 	qcow2_gate_leave(a, &range);
 	return rc;

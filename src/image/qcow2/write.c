@@ -460,6 +460,15 @@ static int allocate_co(struct ox_image_channel *channel, uint64_t offset, uint64
 /* --- the second way ------------------------------------------------------------------------------
  */
 
+/* A data file is as long as the disk, which need not end with a cluster. */
+static uint64_t clip_to_data_file(const struct ox_image *image, uint64_t end)
+{
+	const struct qcow2 *q = image->priv;
+
+	return q->data_file ? ox_min(end, __atomic_load_n(&image->data->size, __ATOMIC_RELAXED))
+	                    : end;
+}
+
 /* Space beside what is there: whole clusters, or (nothing to keep, subclusters) only the touched
  * ones.  Lock held. */
 static int take_for(struct ox_image_channel *channel, struct ox_allocation *a, enum state state,
@@ -479,8 +488,8 @@ static int take_for(struct ox_image_channel *channel, struct ox_allocation *a, e
 	if (rc < 0)
 		return rc;
 	a->offset = from;
-	a->length =
-	        ox_min(ox_align_up(end, unit), start + ((uint64_t)got << q->cluster_bits)) - from;
+	end = ox_min(ox_align_up(end, unit), start + ((uint64_t)got << q->cluster_bits));
+	a->length = clip_to_data_file(channel->image, end) - from;
 	a->store_offset = host + (from - start);
 	a->zeroed = zeroed && !channel->image->crypto;
 	a->priv[PRIV_HOST] = host;
@@ -492,8 +501,10 @@ static int take_for(struct ox_image_channel *channel, struct ox_allocation *a, e
 
 /* Space that is there: the cluster's own, for the subclusters that are not in force, or all of it.
  */
-static void use_own(struct qcow2 *q, struct ox_allocation *a, uint64_t entry, uint64_t bitmap)
+static void use_own(const struct ox_image *image, struct ox_allocation *a, uint64_t entry,
+                    uint64_t bitmap)
 {
+	const struct qcow2 *q = image->priv;
 	uint64_t start = guest_cluster_start(q, a->offset);
 	uint64_t end = ox_min(a->offset + a->length, start + q->cluster_size);
 	uint64_t from = ox_align_down(a->offset, q->subcluster_size), to = from;
@@ -506,7 +517,7 @@ static void use_own(struct qcow2 *q, struct ox_allocation *a, uint64_t entry, ui
 	a->priv[PRIV_STATE] = OWN;
 	a->priv[PRIV_TAKEN] = false;
 	a->offset = from;
-	a->length = to - from;
+	a->length = clip_to_data_file(image, to) - from;
 	a->store_offset = a->priv[PRIV_HOST] + (from - start);
 	/* It may hold anything. */
 	a->zeroed = false;
@@ -536,7 +547,7 @@ int qcow2_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a)
 		get_entry(q, unit, a->offset, &entry, &bitmap);
 		state = get_state(channel->image, a->offset, entry, bitmap);
 		if (state == OWN)
-			use_own(q, a, entry, bitmap);
+			use_own(channel->image, a, entry, bitmap);
 		else if (state == COVERED || state == FOREIGN ||
 		         (state == NOTHING && !fresh_space_is_zero(channel->image)))
 			rc = take_for(channel, a, state,
