@@ -8,6 +8,8 @@
  * or the test itself opens it, compares, checks, and closes it clean.  Every completed request
  * must be seen; one that had begun may be or not, sector by sector.
  *
+ * The child is this program anew: one that forks has no worker threads any more.
+ *
  * The control takes the run directory away before the next opening: then completed writes must be
  * missing somewhere, or this test could not tell.
  */
@@ -15,6 +17,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -53,21 +56,24 @@ static const struct scenario scenarios[] = {
 
 /* Shared with the child. */
 struct shared {
-	uint32_t count;    /* atomic: actions begun */
-	uint64_t sequence; /* atomic */
-	bool ready;        /* atomic: the child has the image open */
-	bool looked;       /* atomic: and `disk` is what it found before its first request */
-	bool ended;        /* atomic: closed clean */
-	char failure[600]; /* the child could not go on */
+	uint32_t number_base; /* what earlier rounds used up */
+	uint32_t count;       /* atomic: actions begun */
+	uint64_t sequence;    /* atomic */
+	bool ready;           /* atomic: the child has the image open */
+	bool looked;          /* atomic: and `disk` is what it found before its first request */
+	bool ended;           /* atomic: closed clean */
+	char failure[600];    /* the child could not go on */
 	struct action action[REQUESTS];
 	uint8_t disk[SECTORS * 512];
 };
+
+extern char **environ;
 
 static struct shared *shared;
 static const struct scenario *scenario;
 static struct ox_secrets *secrets;
 static uint32_t first_id[SECTORS], below_id[SECTORS];
-static uint32_t number_base; /* what earlier rounds used up */
+static int shared_fd = -1;
 static char dir[] = "/tmp/ox-kill-XXXXXX", file[64], base[64], data_file[64];
 
 static __attribute__((format(printf, 1, 2), noreturn)) void bail(const char *fmt, ...)
@@ -125,7 +131,7 @@ static void guest_co(struct ox_image_channel *channel, void *arg)
 		if (index >= REQUESTS)
 			break;
 		action = &shared->action[index];
-		action->number = number_base + index + 1;
+		action->number = shared->number_base + index + 1;
 		history_choose(action, SECTORS, &seed);
 		writes = action->op == OX_IO_WRITE;
 		if (writes)
@@ -211,7 +217,7 @@ static unsigned compare(const uint8_t *disk, bool say)
 	free(found);
 	memset(shared->action, 0, sizeof(shared->action));
 	shared->sequence = 0;
-	number_base += REQUESTS;
+	shared->number_base += REQUESTS;
 	return wrong;
 }
 
@@ -281,6 +287,20 @@ static void empty_run_dir(void)
 	mkdir(run, 0700);
 }
 
+static pid_t start_child(uint64_t seed, unsigned requests)
+{
+	OX_FREE char *fd = ox_xasprintf("%d", shared_fd);
+	OX_FREE char *which = ox_xasprintf("%zu", (size_t)(scenario - scenarios));
+	OX_FREE char *seed_text = ox_xasprintf("%llu", (unsigned long long)seed);
+	OX_FREE char *count = ox_xasprintf("%u", requests);
+	const char *argv[] = {"kill-images", "--child", fd, dir, which, seed_text, count, NULL};
+	pid_t pid;
+
+	if (posix_spawn(&pid, "/proc/self/exe", NULL, NULL, (char *const *)argv, environ) != 0)
+		bail("/proc/self/exe: %s", strerror(errno));
+	return pid;
+}
+
 /* One life of a child, killed at some moment; how much is wrong. */
 static unsigned live_and_die(uint64_t *seed, bool opens, unsigned long *killed)
 {
@@ -293,12 +313,7 @@ static unsigned live_and_die(uint64_t *seed, bool opens, unsigned long *killed)
 
 	shared->ready = shared->looked = shared->ended = false;
 	shared->failure[0] = '\0';
-	fflush(stdout);
-	pid = fork();
-	if (pid < 0)
-		bail("fork: %s", strerror(errno));
-	if (pid == 0)
-		run_child(child_seed, requests);
+	pid = start_child(child_seed, requests);
 	if (opens && kit_random(seed, 4) == 0) {
 		/* While it opens. */
 		usleep(delay / 4);
@@ -365,7 +380,6 @@ static void make_image(void)
 	}
 	memset(below_id, 0, sizeof(below_id));
 	memset(first_id, 0, sizeof(first_id));
-	number_base = 0;
 	memset(shared, 0, sizeof(*shared));
 	if (scenario->overlay) {
 		make_base();
@@ -412,34 +426,58 @@ static unsigned run_scenario(uint64_t seed, unsigned lives, unsigned long *kille
 	return wrong;
 }
 
+/* The same for parent and child. */
+static void set_names(void)
+{
+	OX_FREE char *run = ox_xasprintf("%s/run", dir);
+	OX_FREE char *secret = ox_xasprintf("secret,id=sec0,file=%s/phrase", dir);
+	struct ox_error err = {0};
+
+	snprintf(file, sizeof(file), "%s/disk", dir);
+	snprintf(base, sizeof(base), "%s/base", dir);
+	snprintf(data_file, sizeof(data_file), "%s/data", dir);
+	setenv("OXBOW_RUN_DIR", run, 1);
+	setenv("OXBOW_LOG", "error", 0);
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED, shared_fd, 0);
+	secrets = ox_secrets_new();
+	if (shared == MAP_FAILED || ox_secrets_add(secrets, secret, &err) < 0)
+		bail("%s: %s", dir, err.code ? err.text : strerror(errno));
+}
+
+static void make_dir(void)
+{
+	OX_FREE char *run = NULL, *phrase = NULL;
+	int fd;
+
+	if (!mkdtemp(dir))
+		bail("%s: %s", dir, strerror(errno));
+	run = ox_xasprintf("%s/run", dir);
+	phrase = ox_xasprintf("%s/phrase", dir);
+	fd = open(phrase, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	shared_fd = memfd_create("history", 0); /* for the child too */
+	if (fd < 0 || write(fd, "open sesame", 11) != 11 || mkdir(run, 0700) < 0 || shared_fd < 0 ||
+	    ftruncate(shared_fd, sizeof(*shared)) < 0)
+		bail("%s: %s", dir, strerror(errno));
+	close(fd);
+}
+
 int main(int argc, char **argv)
 {
 	unsigned lives = getenv("OXBOW_LONG") ? 400 : 30, failures = 0;
 	uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : ox_clock_ns() | 1;
 	const char *only = getenv("OXBOW_ONLY");
-	OX_FREE char *run = NULL, *phrase = NULL, *secret = NULL;
-	struct ox_error err = {0};
 	bool have_qemu;
-	int fd;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
-	              0);
-	if (shared == MAP_FAILED || !mkdtemp(dir))
-		bail("%s: %s", dir, strerror(errno));
-	run = ox_xasprintf("%s/run", dir);
-	phrase = ox_xasprintf("%s/phrase", dir);
-	secret = ox_xasprintf("secret,id=sec0,file=%s", phrase);
-	snprintf(file, sizeof(file), "%s/disk", dir);
-	snprintf(base, sizeof(base), "%s/base", dir);
-	snprintf(data_file, sizeof(data_file), "%s/data", dir);
-	fd = open(phrase, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	secrets = ox_secrets_new();
-	if (fd < 0 || write(fd, "open sesame", 11) != 11 || mkdir(run, 0700) < 0 ||
-	    ox_secrets_add(secrets, secret, &err) < 0)
-		bail("%s: %s", dir, err.code ? err.text : strerror(errno));
-	close(fd);
-	setenv("OXBOW_RUN_DIR", run, 1);
+	if (argc == 7 && !strcmp(argv[1], "--child")) {
+		shared_fd = atoi(argv[2]);
+		snprintf(dir, sizeof(dir), "%s", argv[3]);
+		set_names();
+		scenario = &scenarios[strtoul(argv[4], NULL, 10)];
+		run_child(strtoull(argv[5], NULL, 10), (unsigned)strtoul(argv[6], NULL, 10));
+	}
+	make_dir();
+	set_names();
 	have_qemu = kit_spawn((const char *const[]){"qemu-img", "--version", NULL}, NULL, 0) == 0;
 	printf("1..%zu\n# seed %#llx (give it as the argument to repeat)\n",
 	       OX_ARRAY_SIZE(scenarios), (unsigned long long)seed);

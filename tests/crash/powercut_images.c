@@ -673,6 +673,7 @@ int main(int argc, char **argv)
 	int failures = 0;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	setenv("OXBOW_LOG", "error", 0);
 	if (!mkdtemp(dir) || mkdir(in_dir("run"), 0700) < 0)
 		bail("%s: %s", dir, strerror(errno));
 	setenv("OXBOW_RUN_DIR", in_dir("run"), 1);

@@ -208,8 +208,8 @@ class Case:
         said = self.run("qemu-io", *self.qemu("-d", "unmap", *args))
         expect("failed" not in said and "error" not in said.lower(), said[-1500:])
 
-    def we_write(self, count, options=(), extra=()):
-        self.imgio(*self.commands(count, False), *extra, options=options)
+    def we_write(self, count, options=()):
+        self.imgio(*self.commands(count, False, self.feature.discards), options=options)
 
     # --- looking
 
@@ -377,16 +377,15 @@ class Feature:
         case.we_agree("-n", "3", "-p", str(24 * K))
 
     def write(self, case):
-        case.we_write(self.count, extra=["flush", *self.again(case)])
+        commands = case.commands(self.count, False, self.discards)
+        commands += ["flush", "reopen", *case.commands(self.count, False, self.discards)]
+        case.imgio(*commands)
         case.we_agree()
         case.qemu_agrees()
         case.qemu_writes(9, self.discards)
         case.we_write(self.count, options=["-n", "2", "-p", "1536"])
         case.we_agree()
         case.qemu_agrees()
-
-    def again(self, case):
-        return ["reopen", *case.commands(self.count, False)]
 
     def after(self, case):
         """Growing."""
