@@ -417,6 +417,23 @@ int qcow2_write_blocks_co(struct ox_image_channel *channel, struct qcow2_block *
 	return rc;
 }
 
+void qcow2_commit_pause_co(struct ox_image_channel *channel)
+{
+	struct qcow2 *q = channel->image->priv;
+	int rc;
+
+	pthread_mutex_lock(&q->lock);
+	(void)begin_turn_co(channel, 0, &rc);
+	pthread_mutex_unlock(&q->lock);
+}
+
+void qcow2_commit_resume(struct qcow2 *q)
+{
+	pthread_mutex_lock(&q->lock);
+	end_turn(q, 0, 0);
+	pthread_mutex_unlock(&q->lock);
+}
+
 static void commit_in_background_co(struct ox_image_channel *channel, void *arg)
 {
 	struct qcow2 *q = channel->image->priv;

@@ -28,8 +28,7 @@
 #define ZERO_BYTES     (256u << 20)
 #define SPARE_REFTABLE (1u << 20) /* at most so many bytes of it are spare */
 
-/* --- the layout ---------------------------------------------------------------------------------
- */
+/* --- the layout ------------------------------------------------------------------------------ */
 
 static uint64_t divide_up(uint64_t value, uint64_t by)
 {
@@ -166,8 +165,7 @@ int qcow2_create_plan(const struct ox_image_create_options *options, const struc
 	return 0;
 }
 
-/* --- writing -------------------------------------------------------------------------------------
- */
+/* --- writing --------------------------------------------------------------------------------- */
 
 struct maker {
 	struct ox_channel *store;

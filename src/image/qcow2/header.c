@@ -75,8 +75,7 @@ static char *copy_name(const uint8_t *data, size_t bytes)
 	return name;
 }
 
-/* --- the fields ---------------------------------------------------------------------------------
- */
+/* --- the fields ------------------------------------------------------------------------------ */
 
 static int parse_version(struct parse *p)
 {

@@ -319,6 +319,9 @@ int qcow2_write_blocks_co(struct ox_image_channel *channel, struct qcow2_block *
  * half full (QCOW2_RECORD_LOW notes are left).  Lock not held. */
 #define QCOW2_RECORD_LOW 16384u
 void qcow2_commit_soon(struct ox_image_channel *channel);
+/* From here on no commit runs, and nothing is being written, until resumed: for resize. */
+void qcow2_commit_pause_co(struct ox_image_channel *channel);
+void qcow2_commit_resume(struct qcow2 *q);
 /* How many commits have begun; what was removed from the map before, under the lock, is durable
  * when qcow2_freed_durable() is called for a higher number.  Lock held. */
 uint64_t qcow2_commit_number(const struct qcow2 *q);

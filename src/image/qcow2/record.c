@@ -96,8 +96,7 @@ static int64_t find_birth(const struct qcow2 *q)
 	return stx.stx_btime.tv_sec * INT64_C(1000000000) + stx.stx_btime.tv_nsec;
 }
 
-/* --- writing -------------------------------------------------------------------------------------
- */
+/* --- writing --------------------------------------------------------------------------------- */
 
 /* Under another name until it is whole. */
 static int make_file(const struct qcow2 *q, const char *path, struct record_file **out)
