@@ -118,7 +118,7 @@ struct qcow2_allocator {
 	/* Free space below first_frontier or given back; with the gate.  Sorted. */
 	struct qcow2_run *free_runs;
 	unsigned free_count;
-	uint64_t scan_cursor; /* clusters before it were looked at */
+	uint64_t scan_cursor, scan_end; /* clusters still to be looked at for free ones */
 
 	/* The leak scan runs: free space stays untouched, notes stay where they are. */
 	bool leak_scan;

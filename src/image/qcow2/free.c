@@ -12,8 +12,9 @@
  * meanwhile.
  *
  * Free space is known from releases (free_runs) and from a cursor that goes once over the refcounts
- * of the file as it was when writing began.  Both are hints: a cluster is taken only if its
- * refcount is 0 then and it is no metadata that memory knows of; so the two may name the same.
+ * of the file as it was when writing began, and again over what free_runs had no room for.  Both
+ * are hints: a cluster is taken only if its refcount is 0 then and it is no metadata that memory
+ * knows of; so the two may name the same.
  *
  * Locking: the queue is under q->lock; free_runs and the cursor are the gate's.
  */
@@ -316,6 +317,7 @@ void qcow2_free_run_add(struct qcow2_allocator *a, uint64_t first, uint64_t coun
 	if (a->free_count == QCOW2_FREE_RUNS_MAX) {
 		/* The cursor will come by again. */
 		a->scan_cursor = ox_min(a->scan_cursor, first);
+		a->scan_end = ox_max(a->scan_end, end);
 		return;
 	}
 	memmove(&a->free_runs[at + 1], &a->free_runs[at],
@@ -455,8 +457,8 @@ int qcow2_free_take_co(struct ox_image_channel *channel, uint64_t want,
 	};
 	int rc = claim_known_co(&c);
 
-	while (rc == 0 && a->scan_cursor < a->first_frontier && !is_satisfied(&c)) {
-		rc = claim_part_co(&c, &a->scan_cursor, a->first_frontier);
+	while (rc == 0 && a->scan_cursor < a->scan_end && !is_satisfied(&c)) {
+		rc = claim_part_co(&c, &a->scan_cursor, a->scan_end);
 		/* The part cannot be read: on to the next, another time. */
 		if (rc < 0)
 			a->scan_cursor =

@@ -207,6 +207,9 @@ int qcow2_frontier_begin_co(struct ox_image_channel *channel)
 	pthread_mutex_lock(&q->lock);
 	a->frontier = end;
 	a->first_frontier = end;
+	a->scan_cursor = 0;
+	a->scan_end = end;
+	a->free_count = 0;
 	a->begun = true;
 	pthread_mutex_unlock(&q->lock);
 	return 0;
