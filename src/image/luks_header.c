@@ -258,7 +258,8 @@ json_t *ox_luks_info(const struct ox_luks *luks)
 	json_object_set_new(data, "hash-alg", json_string(luks->hash));
 	json_object_set_new(data, "cipher-alg", json_string(cipher));
 	json_object_set_new(data, "uuid", json_string(luks->uuid));
-	if (iv[iv_length] == ':')
+	/* With other generators a hash means nothing, and qemu-img does not tell it. */
+	if (iv_length == 5 && strncmp(iv, "essiv:", 6) == 0)
 		json_object_set_new(data, "ivgen-hash-alg", json_string(iv + iv_length + 1));
 	json_object_set_new(data, "cipher-mode", json_stringn(luks->mode, mode_length));
 	json_object_set_new(data, "slots", slots_info(luks));

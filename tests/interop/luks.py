@@ -218,8 +218,10 @@ def what_is_not_supported_is_said_and_described():
         # What the kernel or the build of cryptsetup lacks, another host's has.
         if run(CRYPTSETUP or "false", *FORMAT, *args, "c.luks").returncode == 0:
             refused("c.luks", "phrase", says)
-            if "384" not in args:
+            if "ripemd160" in args:
                 same_info("c.luks")
+            elif "384" not in args:  # QEMU does not tell what it cannot read
+                expect("luks" in succeeds(run(OXBOW, "info", "c.luks")).decode(), args)
     with open("two.luks", "wb") as file:
         file.truncate(20 * MIB)
     cryptsetup("luksFormat", "-q", "--type", "luks2", "--pbkdf", "pbkdf2",
