@@ -24,7 +24,8 @@ static bool is_sparse(const struct ox_image *image)
 {
 	const struct ox_store *store = image->store;
 	uint64_t blocks = ox_image_allocated_bytes(store) / image->cluster_size;
-	uint64_t clusters = __atomic_load_n(&store->size, __ATOMIC_RELAXED) / image->cluster_size;
+	uint64_t bytes = __atomic_load_n(&store->size, __ATOMIC_RELAXED);
+	uint64_t clusters = ox_align_up(bytes, image->cluster_size) / image->cluster_size;
 
 	return clusters >= ox_max(blocks * 10 / 9, blocks + 2);
 }
