@@ -107,8 +107,6 @@ static int luks_open_co(struct ox_image_channel *channel, const struct ox_image_
 static void luks_close(struct ox_image *image)
 {
 	free(image->priv);
-	ox_crypto_free(image->crypto);
-	image->crypto = NULL;
 }
 
 /* --- the map ---------------------------------------------------------------------------------- */
@@ -192,16 +190,16 @@ static int luks_resize_co(struct ox_image_channel *channel, uint64_t size,
 /* --- creation --------------------------------------------------------------------------------- */
 
 static const struct ox_create_word luks_create_words[] = {
-        {"cipher-alg", "Name of encryption cipher algorithm"},
-        {"cipher-mode", "Name of encryption cipher mode"},
-        {"hash-alg", "Name of encryption hash algorithm"},
+        {"cipher-alg", "Name of encryption cipher algorithm", NULL},
+        {"cipher-mode", "Name of encryption cipher mode", NULL},
+        {"hash-alg", "Name of encryption hash algorithm", NULL},
         {"iter-time", "Time to spend in PBKDF in milliseconds", "num"},
-        {"ivgen-alg", "Name of IV generator algorithm"},
-        {"ivgen-hash-alg", "Name of IV generator hash algorithm"},
-        {"key-secret", "ID of the secret that provides the keyslot passphrase"},
-        {"preallocation", "Preallocation mode (allowed values: off, falloc, full)"},
+        {"ivgen-alg", "Name of IV generator algorithm", NULL},
+        {"ivgen-hash-alg", "Name of IV generator hash algorithm", NULL},
+        {"key-secret", "ID of the secret that provides the keyslot passphrase", NULL},
+        {"preallocation", "Preallocation mode (allowed values: off, falloc, full)", NULL},
         {"size", "Virtual disk size", "size"},
-        {NULL, NULL},
+        {NULL, NULL, NULL},
 };
 
 static int parse_prealloc(const struct ox_image_create_options *options,
