@@ -236,6 +236,10 @@ static int bound_fill_co(struct ox_image_channel *channel, const struct ox_alloc
 
 	fill->first = a->offset;
 	fill->last = a->offset + a->length;
+	/* An external data file has nothing behind the disk's end. */
+	if (channel->image->data != channel->image->store)
+		fill->last =
+		        ox_max(fill->end, ox_min(fill->last, ox_image_size_now(channel->image)));
 	/* Zeroes that are there already need no writing; encrypted, they would not read as such. */
 	if (!a->zeroed || channel->image->crypto)
 		return 0;
