@@ -49,7 +49,7 @@ static const struct scenario scenarios[] = {
         {"qcow2, encrypted", "qcow2",
          "cluster_size=4k,encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=10",
          .secret = true},
-        {"qed", "qed", "cluster_size=4k,table_size=1"},
+        {"qed", "qed", "cluster_size=4k,table_size=2"},
         {"qed, overlay", "qed", "cluster_size=64k", .overlay = true},
         {"control: without the run directory", "qcow2", "cluster_size=4k", .forget = true},
 };

@@ -62,7 +62,7 @@ static const struct scenario scenarios[] = {
         {"qcow2, snapshot", "qcow2", "cluster_size=4k", .snapshot = true},
         {"qcow2, snapshot, subclusters, overlay", "qcow2", "extended_l2=on,cluster_size=64k",
          .overlay = true, .snapshot = true},
-        {"qed", "qed", "cluster_size=4k,table_size=1", .memory = true},
+        {"qed", "qed", "cluster_size=4k,table_size=2", .memory = true},
         {"qed, overlay", "qed", "cluster_size=64k", .overlay = true},
         {"control: a completed write is not durable", "qcow2", "cluster_size=4k",
          .too_strong = true},

@@ -43,10 +43,7 @@ void assert_bytes(const uint8_t *buf, size_t bytes, uint8_t value)
 
 static int once(int *rc)
 {
-	int value = *rc;
-
-	*rc = 0;
-	return value;
+	return __atomic_exchange_n(rc, 0, __ATOMIC_RELAXED);
 }
 
 /* --- the map -----------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ static void test_deflate_lengths(void **state)
 	assert_memory_equal(out, plain, 4096);
 	/* A stream without its end mark, but with all bytes. */
 	bytes = deflate_to(packed, ROOM, plain, CLUSTER, -12, Z_SYNC_FLUSH);
+	memset(packed + bytes, 0xff, 100);
 	assert_int_equal(unpack(QCOW2_COMPRESSION_DEFLATE, bytes, CLUSTER), 0);
+	assert_int_equal(unpack(QCOW2_COMPRESSION_DEFLATE, bytes + 100, CLUSTER), 0);
 	assert_memory_equal(out, plain, CLUSTER);
 }
 

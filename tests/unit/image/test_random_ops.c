@@ -82,7 +82,7 @@ static const struct scenario scenarios[] = {
         {"qed", "qed", NULL, .no_shrink = true},
         {"qed, 4 KiB clusters, memory", "qed", "cluster_size=4k,table_size=1", .memory = true,
          .no_shrink = true},
-        {"qed, overlay", "qed", "cluster_size=4k,table_size=1", BASE_RAW_SHORT, .no_shrink = true},
+        {"qed, overlay", "qed", "cluster_size=4k,table_size=2", BASE_RAW_SHORT, .no_shrink = true},
         {"luks", "luks", "key-secret=sec0,iter-time=10", .secret = true, .no_shrink = true},
 };
 
