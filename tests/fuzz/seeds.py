@@ -14,6 +14,7 @@ The kept corpora hold these and what fuzzing found; to make one anew:
 import os
 import struct
 import sys
+import zlib
 
 N, W, I = 1, 2, 4  # descriptor flags: next, write, indirect
 PACKED, EVENT_IDX, INDIRECT, LOG, INFLIGHT, GIVEN = 1, 2, 4, 8, 16, 32
@@ -228,10 +229,62 @@ read-only = yes
     put(out, 'qmp_splitter', 'deep', b'[' * 200 + b']' * 200 + b'{"a": 1}')
 
 
+def qeds(out):
+    def image(name, clusters, cluster=4096, tables=1, size=8 << 20, features=0, entries=(), cut=0):
+        head = b'QED\0' + struct.pack('<IIIQQQQQII', cluster, tables, 1, features, 0, 0, cluster,
+                                      size, 64, 5) + b'b.raw'
+        records = b''.join(struct.pack('<I', at // 8)[:3] + struct.pack('<Q', value)
+                           for at, value in entries)
+        put(out, 'qed', name, struct.pack('<H', (clusters * cluster - cut) // 512) +
+            head.ljust(80, b'\0') + records)
+
+    K = 4096
+    table = [(K, 2 * K), (K + 16, 3 * K)]  # two L2 tables
+    data = [(2 * K, 4 * K), (2 * K + 8, 5 * K), (2 * K + 16, 1), (3 * K, 6 * K)]
+    image('empty', 2)
+    image('used', 7, entries=table + data)
+    image('marked', 7, features=2, entries=table + data)
+    image('marked-short', 6, features=2, entries=table + data, cut=512)
+    image('backing', 7, features=5, entries=table + data)
+    image('twice', 7, entries=table + data + [(2 * K + 80, 4 * K), (K + 8, 2 * K)])
+    image('invalid', 7, entries=table + data + [(2 * K + 80, 4), (2 * K + 88, 1 << 60), (K + 8, 5)])
+    image('on-table', 7, entries=table + data + [(2 * K + 80, 3 * K), (2 * K + 88, K)])
+    image('leaks', 20, entries=table + data)
+    image('large-tables', 5, cluster=64 << 10, tables=4, size=1 << 46)
+    image('large-clusters', 3, cluster=1 << 20, size=1 << 50, entries=[(1 << 20, 1 << 21)])
+
+
+def clusters(out):
+    def raw_deflate(data, window=-12, flush=zlib.Z_FINISH):
+        packer = zlib.compressobj(9, zlib.DEFLATED, window)
+        return packer.compress(data) + packer.flush(flush)
+
+    def seed(name, packed, size, zstd=0):
+        put(out, 'decompress', name, bytes([zstd | (size // 512).bit_length() - 1 << 1]) + packed)
+
+    text = b'the quick brown fox jumps over the lazy dog ' * 100
+    seed('zeroes', raw_deflate(bytes(4096)), 4096)
+    seed('text', raw_deflate(text[:4096]), 4096)
+    seed('window', raw_deflate(text[:512] + bytes(range(256)) * 14, -15), 4096)
+    seed('no-end', raw_deflate(text[:512], flush=zlib.Z_SYNC_FLUSH), 512)
+    seed('behind', raw_deflate(text[:512]) + b'more', 512)
+    magic = struct.pack('<I', 0xfd2fb528)
+    raw = magic + b'\x20\x04' + struct.pack('<I', 4 << 3 | 1)[:3] + b'abcd'
+    run = magic + b'\x00\x58' + struct.pack('<I', 508 << 3 | 3)[:3] + b'x'
+    skipped = struct.pack('<II', 0x184d2a50, 3) + b'abc'
+    seed('zstd', raw + run, 512, 1)
+    seed('zstd-skip', skipped + raw + run + b'more', 512, 1)
+    seed('zstd-run', magic + b'\x00\xa8' + struct.pack('<I', 512 << 3 | 3)[:3] + b'y', 512, 1)
+    # text[:512] by zstd -19; Python's own library has no zstd.
+    seed('zstd-text', bytes.fromhex(
+        '28b52ffd0468ad0100c40274686520717569636b2062726f776e20666f78206a756d70'
+        '73206f76657220746865206c617a7920646f672001008c7eaa2a0383e34c71'), 512, 1)
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for make in (messages, rings, requests, probes, luks, configs):
+    for make in (messages, rings, requests, probes, luks, configs, qeds, clusters):
         make(sys.argv[1])
 
 
