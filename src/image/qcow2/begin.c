@@ -146,6 +146,16 @@ static int clear_marks_co(struct ox_image_channel *channel)
 	return rc;
 }
 
+/* Nothing was written, but whoever wrote before did not close it: this is the time to. */
+static bool is_left_unclean(const struct ox_image *image)
+{
+	const struct qcow2 *q = image->priv;
+
+	return q->header.has_session && image->store->options.lock == OX_LOCK_WRITE &&
+	       !image->read_only && !image->options.for_check &&
+	       !__atomic_load_n(&q->corrupt, __ATOMIC_RELAXED);
+}
+
 int qcow2_finish_co(struct ox_image_channel *channel)
 {
 	struct ox_image *image = channel->image;
@@ -154,8 +164,14 @@ int qcow2_finish_co(struct ox_image_channel *channel)
 	uint64_t end = 0;
 	int rc;
 
-	if (!__atomic_load_n(&image->begun, __ATOMIC_ACQUIRE))
-		return 0;
+	if (!__atomic_load_n(&image->begun, __ATOMIC_ACQUIRE)) {
+		if (!is_left_unclean(image))
+			return 0;
+		rc = qcow2_begin_co(channel);
+		if (rc < 0)
+			return rc;
+		__atomic_store_n(&image->begun, true, __ATOMIC_RELEASE);
+	}
 	if (__atomic_load_n(&q->corrupt, __ATOMIC_RELAXED))
 		return -EIO;
 	rc = qcow2_commit_co(channel);

@@ -335,8 +335,12 @@ static int check_co(struct qcow2_check *c)
 	int rc = 0;
 
 	/* What a killed process left in its record is looked at together with the file. */
-	if (fix && __atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE))
+	if (fix && __atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE)) {
 		rc = qcow2_commit_co(c->channel);
+		/* It must not be applied again to what is repaired. */
+		if (rc == 0)
+			qcow2_record_end(c->q);
+	}
 	if (rc == 0)
 		rc = look_co(c);
 	if (rc == 0 && fix)

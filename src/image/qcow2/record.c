@@ -23,6 +23,8 @@
  * still describes the image is decided by the header: the session must be the same, and the
  * autoclear bit beside it, which falls when any other program writes, must still be set.
  *
+ * Who only reads applies it too, to memory, if a lock tells that nobody writes; the file stays.
+ *
  * Locking: under q->lock, but for adoption and making, when nobody else has the image.
  */
 #include "image/qcow2/qcow2.h"
@@ -363,31 +365,34 @@ static int apply_half_co(struct ox_image_channel *channel, const struct record_f
 	return 0;
 }
 
+static void warn_of(const struct qcow2 *q, const char *path, const char *why)
+{
+	ox_log(OX_LOG_WARNING, "%s: a process that did not close it left changes in %s; %s",
+	       q->image->store->path, path, why);
+}
+
 /* What a record with notes means for who opens the image in this way. */
 static int adopt_co(struct ox_image_channel *channel, const struct record_file *file,
-                    const char *path, struct ox_error *err)
+                    const char *path, bool writer, struct ox_error *err)
 {
 	struct ox_image *image = channel->image;
 	struct qcow2 *q = image->priv;
-	enum ox_lock_mode lock = image->store->options.lock;
 	unsigned older = file->half[0].sequence < file->half[1].sequence ? 0 : 1;
 	int rc;
 
-	if (image->read_only || lock != OX_LOCK_WRITE) {
-		/* Without a lock, the process that writes it may be alive. */
-		if (lock == OX_LOCK_READ)
-			ox_log(OX_LOG_WARNING,
-			       "%s: a process that did not close it left changes in %s; they are not "
-			       "seen before it is opened for writing",
-			       image->store->path, path);
+	if (!writer && image->options.for_check) {
+		warn_of(q, path, "what they refer to looks like leaks");
 		return 0;
 	}
-	if (!is_current(q, file))
-		return refuse_file(
-		        q, path,
-		        "no longer belongs to it, because another program has written to "
-		        "the image since",
-		        err);
+	if (!is_current(q, file)) {
+		const char *why = "no longer belongs to it, because another program has written to "
+		                  "the image since";
+
+		if (writer)
+			return refuse_file(q, path, why, err);
+		warn_of(q, path, "they are lost, because another program has written to it since");
+		return 0;
+	}
 	rc = apply_half_co(channel, file, older, path, err);
 	if (rc == 0)
 		rc = apply_half_co(channel, file, 1 - older, path, err);
@@ -402,20 +407,22 @@ int qcow2_record_adopt_co(struct ox_image_channel *channel, struct ox_error *err
 {
 	struct ox_image *image = channel->image;
 	struct qcow2 *q = image->priv;
-	bool writer = !image->read_only && image->store->options.lock == OX_LOCK_WRITE;
+	enum ox_lock_mode lock = image->store->options.lock;
+	bool writer = !image->read_only && lock == OX_LOCK_WRITE;
 	struct record_file *file = NULL;
 	struct ox_error found = {0};
 	char path[PATH_BYTES];
 	int rc = find_path(q, path, false);
 
-	if (rc < 0)
+	/* Without a lock, the process whose record it is may be alive. */
+	if (rc < 0 || (!writer && !(image->read_only && lock == OX_LOCK_READ)))
 		return 0;
 	/* Whoever does not write need not understand it. */
 	rc = read_file(q, path, &file, writer ? err : &found);
 	if (rc <= 0)
 		return writer ? rc : 0;
 	if (file->half[0].count || file->half[1].count)
-		rc = adopt_co(channel, file, path, err);
+		rc = adopt_co(channel, file, path, writer, err);
 	else
 		rc = 0;
 	free(file);
