@@ -13,6 +13,7 @@
 #include "image/crypto_private.h"
 #include "base/iov.h"
 #include "image/format.h"
+#include <assert.h>
 #include <errno.h>
 #include <jansson.h>
 #include <string.h>
@@ -321,6 +322,7 @@ static int luks_create_co(struct ox_channel *channel, const struct ox_image_crea
 	if (rc < 0)
 		return rc;
 	c.store = channel->store;
+	assert(c.payload > OX_LUKS_SLOT_ALIGN);
 	c.header = malloc(c.payload);
 	if (!c.header)
 		return ox_error_set(err, ENOMEM, "%s: no memory for its header", options->path);

@@ -10,6 +10,7 @@
 #include "image/secret.h"
 #include "base/opener.h"
 #include "base/text.h"
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -293,15 +294,20 @@ static int add(struct ox_secrets *secrets, struct words *words, struct ox_error 
 	struct secret *secret;
 	int rc;
 
+	/* check_words() saw to that. */
+	assert(words->id && (words->file || words->fd || words->credential));
 	if (find(secrets, words->id))
 		return ox_error_set(err, EEXIST, "there are two secrets with the id '%s'",
 		                    words->id);
 	secret = ox_xcalloc(1, sizeof(*secret));
 	secret->id = ox_steal_ptr(words->id);
 	secret->bytes = ox_key_alloc(SECRET_MAX + 1);
-	if (!secret->bytes)
+	if (!secret->bytes) {
 		rc = ox_error_set(err, ENOMEM, "secret '%s': no memory for it", secret->id);
-	else if (words->file)
+		free_secret(secret);
+		return rc;
+	}
+	if (words->file)
 		rc = read_file(words->file, secret, err);
 	else if (words->fd)
 		rc = read_fd(words->fd, secret, err);
