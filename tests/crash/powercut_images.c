@@ -520,10 +520,18 @@ static void look_co(struct ox_image_channel *channel, void *arg)
 		printf("# check: %s\n", err.text);
 }
 
+/* Its findings, to be printed if they are bad. */
+struct findings {
+	unsigned count;
+	char line[6][120];
+};
+
 static void say(void *arg, const char *line)
 {
-	if (!cut.scenario->no_flush && (*(unsigned *)arg)++ < 6)
-		printf("#   %s\n", line);
+	struct findings *findings = arg;
+
+	if (findings->count < OX_ARRAY_SIZE(findings->line))
+		snprintf(findings->line[findings->count++], sizeof(findings->line[0]), "%s", line);
 }
 
 /* What the header says of how it was left. */
@@ -560,11 +568,11 @@ static void look_at_state(struct kit *kit, uint64_t at, struct look *look, struc
 {
 	struct kit_work work = {0, look_co, look};
 	bool dirty = false, marked = is_marked(&dirty), quiet = cut.scenario->no_flush;
-	unsigned lines = 0;
+	struct findings findings = {0};
 
 	memset(look->disk, 0xee, SECTORS * 512);
 	look->read_result = look->write_result = look->check_result = 0;
-	look->check = (struct ox_image_check){.say = say, .arg = &lines};
+	look->check = (struct ox_image_check){.say = say, .arg = &findings};
 	if (!open_state(kit, look->write, tally))
 		return;
 	kit_run(kit, &work, 1);
@@ -577,6 +585,8 @@ static void look_at_state(struct kit *kit, uint64_t at, struct look *look, struc
 		return;
 	}
 	judge(at, look->disk, tally);
+	if (!strcmp(cut.scenario->format, "qed"))
+		look->check.leaks = 0; /* it has nothing to find them by but a check */
 	if (look->check.check_errors || (look->check.corruptions && (look->write || !dirty)) ||
 	    (look->check.leaks && (look->write || !marked))) {
 		if (!quiet)
@@ -585,6 +595,8 @@ static void look_at_state(struct kit *kit, uint64_t at, struct look *look, struc
 			       (unsigned long long)look->check.corruptions,
 			       (unsigned long long)look->check.leaks,
 			       marked ? "" : " without a mark");
+		for (unsigned i = 0; i < findings.count && !quiet; i++)
+			printf("#   %s\n", findings.line[i]);
 		tally->corrupt++;
 	}
 }
