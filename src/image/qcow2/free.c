@@ -25,10 +25,10 @@
 #include <string.h>
 
 #define FIRST_NOTES 64u
-#define CHUNK_NOTES 256u  /* released at a time, before others may have the gate */
-#define CHUNK_RUNS  1024u /* of them discarded */
-#define BATCH_RUNS  256u  /* pieces of free space in one batch */
-#define BATCH_PARTS 32u   /* parts that one batch looks into */
+#define CHUNK_NOTES 64u  /* released at a time, before others may have the gate */
+#define CHUNK_RUNS  256u /* of them discarded */
+#define BATCH_RUNS  256u /* pieces of free space in one batch */
+#define BATCH_PARTS 32u  /* parts that one batch looks into */
 
 void qcow2_free_init(struct qcow2_allocator *a)
 {

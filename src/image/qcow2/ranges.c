@@ -20,6 +20,9 @@ struct qcow2_word {
 };
 
 #define FIRST_ROOM 64u
+/* No piece of metadata is larger (L1 is the largest); what an image says beyond that is not
+ * believed, and costs no memory. */
+#define MOST_BYTES (UINT64_C(64) << 20)
 
 void qcow2_metadata_init(struct qcow2_allocator *a)
 {
@@ -113,7 +116,7 @@ void qcow2_add_metadata_range(struct qcow2 *q, uint64_t host, uint64_t bytes)
 	struct qcow2_allocator *a = q->alloc;
 	uint64_t first, last;
 
-	if (!touched(q, host, bytes, &first, &last))
+	if (!touched(q, host, ox_min(bytes, MOST_BYTES), &first, &last))
 		return;
 	for (uint64_t key = first / 64; key <= last / 64; key++) {
 		struct qcow2_word *word;
@@ -134,7 +137,7 @@ void qcow2_remove_metadata_range(struct qcow2 *q, uint64_t host, uint64_t bytes)
 	struct qcow2_allocator *a = q->alloc;
 	uint64_t first, last;
 
-	if (!touched(q, host, bytes, &first, &last))
+	if (!touched(q, host, ox_min(bytes, MOST_BYTES), &first, &last))
 		return;
 	for (uint64_t key = first / 64; key <= last / 64; key++) {
 		struct qcow2_word *word = find(a, key + 1);

@@ -112,13 +112,15 @@ int qcow2_reftable_init_co(struct ox_image_channel *channel, struct ox_error *er
 
 	pthread_mutex_lock(&q->lock);
 	qcow2_add_metadata_range(q, 0, q->cluster_size);
-	qcow2_add_metadata_range(q, offset, bytes);
 	pthread_mutex_unlock(&q->lock);
 	a->table_offset = offset;
 	a->table_clusters = q->header.refcount_table_clusters;
 	if (bytes == 0 || bytes > QCOW2_MAX_REFTABLE_BYTES || offset == 0 || offset >= size ||
 	    !ox_is_aligned(offset, q->cluster_size))
 		return table_is_bad(q, err, "cannot be where the header says", offset);
+	pthread_mutex_lock(&q->lock);
+	qcow2_add_metadata_range(q, offset, bytes);
+	pthread_mutex_unlock(&q->lock);
 	data = calloc(1, bytes);
 	a->table = calloc(bytes / 8, sizeof(*a->table));
 	if (!data || !a->table)
@@ -127,6 +129,8 @@ int qcow2_reftable_init_co(struct ox_image_channel *channel, struct ox_error *er
 	/* A file may end within the table's last cluster: the rest reads as zero. */
 	there = ox_min(bytes, size - offset);
 	rc = ox_store_read_co(channel->store, offset, data, there);
+	if (rc < 0 && q->image->options.for_check)
+		return table_is_bad(q, err, "cannot be read", offset);
 	if (rc < 0)
 		return ox_error_set(err, -rc, "%s: cannot read the refcount table: %s",
 		                    q->image->store->path, strerror(-rc));
