@@ -110,7 +110,7 @@ static uint64_t guest_size(const struct ox_disk *disk, const struct ox_image *im
 /* What an open image tells, for while it is closed. */
 static void learn(struct ox_disk *disk, const struct ox_image *image)
 {
-	disk->limits = image->store->limits;
+	ox_image_get_limits(image, &disk->limits);
 	disk->aio = image->store->aio;
 	snprintf(disk->aio_reason, sizeof(disk->aio_reason), "%s", image->store->aio_reason);
 	disk->dev = image->store->dev;

@@ -68,7 +68,9 @@ struct ox_format_ops {
 
 	/* Required.  Any thread with a channel; never suspends, takes no lock, allocates nothing.
 	 * 0 and *extent (contiguous and of one kind, as long as is cheaply known, at most
-	 * `length`), -EAGAIN: not in memory, ask map_co; -EIO: damaged. */
+	 * `length`), -EAGAIN: not in memory, ask map_co; -EIO: damaged (map_co is asked too, if
+	 * there is one).  DATA behind the store's end reads as zero and cannot be written: begin_co
+	 * lets the store be long enough. */
 	int (*lookup)(struct ox_image *image, uint64_t offset, uint64_t length,
 	              struct ox_extent *extent);
 	/* Optional: lookup never answers -EAGAIN.  The same, and loads what is missing. */
@@ -89,7 +91,9 @@ struct ox_format_ops {
 	int (*prepare_co)(struct ox_image_channel *channel, struct ox_allocation *a);
 	/* The space holds what it shall (its writes completed; they need not be durable): from now
 	 * on it is the map's.  Frees what was mapped there before.  The store never shows the new
-	 * map without the data (ops orders its own writes so). */
+	 * map without the data (ops orders its own writes so).  -EAGAIN: the map has changed since
+	 * prepare_co (ops->allocate does not wait for the range lock).  Whatever it answers but 0,
+	 * abort is called; after -EAGAIN the write looks again. */
 	int (*publish_co)(struct ox_image_channel *channel, struct ox_allocation *a);
 	void (*abort)(struct ox_image_channel *channel, struct ox_allocation *a);
 
@@ -105,7 +109,8 @@ struct ox_format_ops {
 	/* Optional.  Everything that completed before the call, data and map, is durable when this
 	 * answers 0.  Any channel. */
 	int (*commit_co)(struct ox_image_channel *channel);
-	/* Optional.  ox_image_finish_co()'s part. */
+	/* Optional.  ox_image_finish_co()'s part: for images that are not read-only, also if nothing
+	 * was begun. */
 	int (*finish_co)(struct ox_image_channel *channel);
 
 	/* Required for COMPRESSED.  Pure.  `in`: the store's bytes; unpacks exactly `out_bytes`.

@@ -265,6 +265,8 @@ const char *const *ox_format_names(void);
 
 /* "raw", "qcow2", ... */
 const char *ox_image_format_name(const struct ox_image *image);
+/* What a disk on this image can do: the store's limits, as the format changes them. */
+void ox_image_get_limits(const struct ox_image *image, struct ox_store_limits *limits);
 
 int ox_image_attach(struct ox_image *image, struct ox_loop *loop, struct ox_image_channel **channel,
                     struct ox_error *err) OX_MUST_CHECK;

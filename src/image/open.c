@@ -19,6 +19,7 @@ static const struct ox_format_ops *const drivers[] = {
         &ox_format_raw,
         &ox_format_luks,
         &ox_format_qed,
+        &ox_format_qcow2,
 };
 
 const struct ox_format_ops *ox_format_find(const char *name)
@@ -46,8 +47,10 @@ static int no_driver(const char *path, const char *name, struct ox_error *err)
 	if (near)
 		return ox_error_set(err, EINVAL, "%s: there is no format '%s'; did you mean %s?",
 		                    path, name, near);
-	return ox_error_set(err, EINVAL, "%s: there is no format '%s'; this version has raw", path,
-	                    name);
+	return ox_error_set(
+	        err, EINVAL,
+	        "%s: there is no format '%s'; this version has raw, qcow2, qed and luks", path,
+	        name);
 }
 
 static int choose_format(struct ox_image *image, const char *path,
@@ -195,6 +198,23 @@ void ox_image_close(struct ox_image *image)
 const char *ox_image_format_name(const struct ox_image *image)
 {
 	return image->ops->name;
+}
+
+void ox_image_get_limits(const struct ox_image *image, struct ox_store_limits *limits)
+{
+	*limits = image->data->limits;
+	if (image->ops->zero_co || image->ops->discard_co) {
+		/* The map does it, whatever the store can: by clusters, of any number. */
+		limits->can_discard = !image->read_only && image->ops->discard_co;
+		limits->can_secure_erase = false;
+		limits->discard_granularity = (uint32_t)image->cluster_size;
+		limits->max_discard = limits->max_zero = 0;
+		/* An image is moved from host to host, with sectors that stay the same. */
+		limits->logical_block_size = 512;
+	} else if (image->crypto) {
+		/* What a discard leaves would be deciphered to noise. */
+		limits->can_discard = false;
+	}
 }
 
 /* What the file takes on its file system; a device, or a store without a file, takes nothing. */

@@ -335,11 +335,11 @@ static void test_known_format(void **state)
 	struct ox_error err = {0};
 	struct ox_image *image;
 
-	write_file(qcow2, 8, 65536);
+	write_file("vhdxfile", 8, 65536);
 	assert_int_equal(ox_image_open(path, &options, &image, &err), -ENOTSUP);
-	assert_non_null(strstr(err.text, "format qcow2 is recognised and not supported"));
+	assert_non_null(strstr(err.text, "format vhdx is recognised and not supported"));
 	ox_error_clear(&err);
-	options.format = "qcow2";
+	options.format = "vhdx";
 	assert_int_equal(ox_image_open(path, &options, &image, &err), -ENOTSUP);
 	ox_error_clear(&err);
 	options.format = "rwa";

@@ -131,7 +131,8 @@ static void test_name(void **state)
 static void test_find(void **state)
 {
 	assert_ptr_equal(ox_format_find("raw"), &ox_format_raw);
-	assert_null(ox_format_find("qcow2"));
+	assert_ptr_equal(ox_format_find("qcow2"), &ox_format_qcow2);
+	assert_null(ox_format_find("vhdx"));
 	assert_null(ox_format_find(""));
 	assert_string_equal(ox_format_names()[0], "raw");
 }
