@@ -251,7 +251,7 @@ def help_and_version():
     equal(run('--help').stdout, overview.stdout)
     equal(run('-h').stdout, overview.stdout)
     commands = re.findall(r'^  (\w+)  ', overview.stdout, re.M)
-    for name in ('create', 'info', 'resize', 'serve', 'help'):
+    for name in ('check', 'create', 'info', 'map', 'resize', 'serve', 'help'):
         assert name in commands, f'help does not list {name}'
     for name in commands:
         if name == 'help':
@@ -806,6 +806,138 @@ def run_directory():
         assert os.path.exists(path)
         serve.stop()
     assert not os.path.exists(path), 'a server that ended is still listed'
+
+
+# --- images with a map, and their chains -----------------------------------------------------
+
+def make(*args):
+    done = run('create', '-q', *args)
+    equal((done.returncode, done.stderr), (0, ''), args)
+
+
+def read_back(name, fmt, *commands):
+    """qemu-io reads what was written, and the image is sound."""
+    if not shutil.which('qemu-io'):
+        return
+    done = run('-f', fmt, *[x for c in commands for x in ('-c', c)], name, program='qemu-io')
+    assert done.returncode == 0 and 'failed' not in done.stdout, done.stdout + done.stderr
+    equal(run('check', '-f', fmt, name, program='qemu-img').returncode, 0, f'check of {name}')
+
+
+@test
+def serve_formats():
+    """A guest's write to each format arrives, and the image is left clean."""
+    raw_image('base.raw', 8 * MIB)
+    for fmt, options in (('qcow2', ['8M']), ('qcow2', ['-b', 'base.raw', '-F', 'raw']),
+                         ('qcow2', ['-o', 'compat=0.10', '8M']), ('qed', ['8M']),
+                         ('qed', ['-b', 'base.raw', '-F', 'raw'])):
+        name = 'disk.' + fmt
+        make('-f', fmt, *options[:-1], *([name, options[-1]] if options[-1] == '8M'
+                                         else [options[-1], name]))
+        for write in (True, False):
+            with Serve('-f', fmt, '--vhost-user-blk', 'f.sock', name) as serve:
+                assert f' 8 MiB {fmt} ' in serve.ready[0], serve.ready[0]
+                with Ring('f.sock') as ring:
+                    ring.start()
+                    equal(ring.request(write), 0, f'{fmt} {options}')
+                    if not write:
+                        equal(ring.map[0x11000:0x12000], b'x' * 4096, 'content')
+                    serve.stop()
+        read_back(name, fmt, 'read -P 120 4k 4k', 'read -P 0 8k 1M', 'read -P 0 0 4k')
+        equal(json.loads(run('info', '--output=json', name).stdout)['dirty-flag'], False, name)
+
+
+@test
+def serve_encrypted():
+    with open('key', 'w') as f:
+        f.write('a pass phrase')
+    key = ['--object', 'secret,id=k,file=key']
+    make(*key, '-f', 'luks', '-o', 'key-secret=k,iter-time=10', 'disk.luks', '4M')
+    make(*key, '-f', 'qcow2', '-o',
+         'encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10', 'disk.qcow2', '4M')
+    for fmt in ('luks', 'qcow2'):
+        name = 'disk.' + fmt
+        args = ['-f', fmt, '--vhost-user-blk', 'e.sock', name]
+        refused('serve', *args, says='key-secret')
+        refused('serve', *key, *args, says='key-secret')
+        refused('serve', '--key-secret', 'k', *args, says="--key-secret: there is no secret 'k'")
+        refused('serve', '--object', 'secret,id=k,file=/etc/hostname', '--key-secret', 'k', *args,
+                says=name)
+        refused('serve', '--object', 'secret,id=k,data=phrase', *args, says='file=')
+        with open('e.ini', 'w') as f:
+            f.write('[global]\nobject = secret,id=k,file=key\n'
+                    f'[e]\nimage = {name}\nformat = {fmt}\nvhost-user-blk = e.sock\n'
+                    'key-secret = k\n')
+        for options in ([*key, '--key-secret', 'k', *args], ['--config', 'e.ini']):
+            with Serve(*options, '--control', 'e.qmp') as serve, Ring('e.sock') as ring, \
+                    Qmp('e.qmp') as qmp:
+                ring.start()
+                equal(ring.request(write=True), 0, 'a write')
+                equal(ring.request(write=False), 0, 'a read')
+                equal(ring.map[0x11000:0x12000], b'x' * 4096, 'content')
+                equal(disk(qmp)['inserted']['encrypted'], True)
+                serve.stop()
+        assert b'x' * 512 not in open(name, 'rb').read(), 'the guest\'s data is there in clear'
+
+
+@test
+def serve_follows_names_where_allowed():
+    os.mkdir('mine')
+    os.mkdir('golden')
+    raw_image('golden/base.raw', 4 * MIB)
+    make('-f', 'qcow2', '-b', '../golden/base.raw', '-F', 'raw', 'mine/web.qcow2')
+    args = ['-f', 'qcow2', '--vhost-user-blk', 'n.sock', 'mine/web.qcow2']
+    golden = os.path.realpath('golden')
+    refused('serve', *args, says=f'add --allow-dir {golden}')
+    refused('serve', '--allow-dir', 'mine', *args, says=f'add --allow-dir {golden}')
+    refused('serve', '--allow-dir', 'nowhere', *args, says='--allow-dir: nowhere: No such file')
+    with open('n.ini', 'w') as f:
+        f.write('[web]\nimage = mine/web.qcow2\nvhost-user-blk = n.sock\nallow-dir = mine\n'
+                'allow-dir = golden\nmetadata-cache = 1M\ndiscard-no-unref = on\n')
+    for options in (['--allow-dir', 'mine', '--allow-dir', 'golden', *args],
+                    ['--config', 'n.ini']):
+        with Serve(*options) as serve:
+            serve.stop()
+    if shutil.which('qemu-img'):
+        run('create', '-u', '-f', 'qcow2', '-b', 'nbd:localhost:1', '-F', 'raw', 'x.qcow2', '1M',
+            program='qemu-img')
+        refused('serve', '--vhost-user-blk', 'n.sock', 'x.qcow2', says='refused')
+
+
+@test
+def qmp_tells_the_chain():
+    raw_image('base.raw', 4 * MIB)
+    make('-f', 'qed', '-b', 'base.raw', '-F', 'raw', 'middle.qed')
+    make('-f', 'qcow2', '-b', 'middle.qed', '-F', 'qed', 'top.qcow2', '6M')
+    with Serve('--vhost-user-blk', 'c.sock', '--control', 'c.qmp', '--detect-zeroes', 'unmap',
+               '-f', 'qcow2', 'top.qcow2') as serve, Qmp('c.qmp') as qmp:
+        inserted = disk(qmp)['inserted']
+        equal((inserted['drv'], inserted['backing_file'], inserted['backing_file_depth'],
+               inserted['detect_zeroes'], inserted['encrypted']),
+              ('qcow2', 'middle.qed', 2, 'unmap', False))
+        image = inserted['image']
+        equal((image['filename'], image['format'], image['virtual-size'], image['cluster-size'],
+               image['backing-filename'], image['full-backing-filename'],
+               image['backing-filename-format']),
+              ('top.qcow2', 'qcow2', 6 * MIB, 65536, 'middle.qed', 'middle.qed', 'qed'))
+        middle = image['backing-image']
+        equal((middle['filename'], middle['format'], middle['virtual-size'],
+               middle['backing-filename']), ('middle.qed', 'qed', 4 * MIB, 'base.raw'))
+        bottom = middle['backing-image']
+        equal((bottom['filename'], bottom['format'], 'backing-image' in bottom,
+               'cluster-size' in bottom), ('base.raw', 'raw', False, False))
+        with Ring('c.sock') as ring:
+            ring.start()
+            wait_until(lambda: disk(qmp)['oxbow']['active'], 'an active disk')
+            active = disk(qmp)['inserted']['image']
+            equal({**active, 'actual-size': 0}, {**image, 'actual-size': 0}, 'the active image')
+            # It grows under the guest, and what is new reads as zero.
+            equal(run('resize', 'top.qcow2', '+2M').stdout,
+                  f'Image resized online (by oxbow serve, pid {serve.process.pid}).\n')
+            equal(disk(qmp)['inserted']['image']['virtual-size'], 8 * MIB)
+            equal(ring.request(write=True, sector=7 * MIB // 512), 0, 'a write behind the old end')
+        serve.stop()
+    read_back('top.qcow2', 'qcow2', 'read -P 120 7M 4k', 'read -P 0 6M 1M')
 
 
 # --- resize --------------------------------------------------------------------------------

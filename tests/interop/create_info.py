@@ -318,6 +318,7 @@ def main(chosen=None):
         name = function.__name__.replace("_", " ")
         work = tempfile.mkdtemp(prefix="ox-create-info-")
         os.chdir(work)
+        os.environ["OXBOW_RUN_DIR"] = os.path.join(work, "run")
         try:
             if not QEMU_IMG:
                 raise Skip("qemu-img is not installed")
