@@ -13,6 +13,7 @@ The kept corpora hold these and what fuzzing found; to make one anew:
 
 import os
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -281,10 +282,58 @@ def clusters(out):
         '73206f76657220746865206c617a7920646f672001008c7eaa2a0383e34c71'), 512, 1)
 
 
+def qcow2s(out):
+    """Whole images by qemu-img, as small as they can be; their headers and tables by themselves."""
+    def qemu(*command):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    def image(name, options, *commands, size='24k', snapshot=False, bitmap=False):
+        path = os.path.join(out, 'image.qcow2')
+        qemu('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', options, path, size)
+        qemu('qemu-io', '-f', 'qcow2', *[part for c in commands for part in ('-c', c)], path)
+        if bitmap:
+            qemu('qemu-img', 'bitmap', '--add', '-g', '512', path, 'b0')
+            qemu('qemu-io', '-f', 'qcow2', '-c', 'write -P 5 1k 4k', path)
+        if snapshot:
+            qemu('qemu-img', 'snapshot', '-c', 'first', path)
+            qemu('qemu-io', '-f', 'qcow2', '-c', 'write -P 6 2k 3k', path)
+            qemu('qemu-img', 'snapshot', '-c', 'second', path)
+        with open(path, 'rb') as file:
+            data = file.read()
+        os.unlink(path)
+        put(out, 'qcow2_image', name, data)
+        cluster = 1 << struct.unpack_from('>I', data, 20)[0]
+        put(out, 'qcow2_header', name, data[:min(cluster, 1024)])
+        count, at = struct.unpack_from('>IQ', data, 60)
+        if count:
+            put(out, 'qcow2_snapshots', name,
+                struct.pack('<BH', cluster.bit_length() - 10, count) + data[at:at + 256])
+        where = data.find(struct.pack('>I', 0x23852875))
+        if bitmap:
+            count, _, length, at = struct.unpack_from('>IIQQ', data, where + 8)
+            put(out, 'qcow2_bitmaps', name, struct.pack('<H', count) + data[at:at + length])
+
+    small = 'cluster_size=512'
+    writes = ['write -P 1 0 1k', 'write -P 2 8k 512', 'write -z 12k 1k', 'write -P 3 23k 1k']
+    image('plain', small, *writes)
+    image('v2', small + ',compat=0.10', *writes)
+    image('one-bit', small + ',refcount_bits=1', *writes)
+    image('wide', small + ',refcount_bits=64,lazy_refcounts=on', *writes)
+    image('snapshots', small, *writes, snapshot=True)
+    image('bitmap', small, *writes, bitmap=True)
+    image('deflate', 'cluster_size=2k', 'write -c -P 4 4k 2k', 'write -c -P 5 8k 2k', *writes[2:])
+    image('zstd', 'cluster_size=2k,compression_type=zstd', 'write -c -P 4 4k 2k', *writes[2:])
+    image('subclusters', 'cluster_size=16k,extended_l2=on', 'write -P 1 512 1k',
+          'write -z -u 16k 2k', size='48k')
+    image('preallocated', small + ',preallocation=metadata', 'write -P 1 0 1k', size='8k')
+    image('tables', small, 'write -P 1 0 512', 'write -P 2 64k 512', 'write -P 3 192k 512',
+          size='200k')
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for make in (messages, rings, requests, probes, luks, configs, qeds, clusters):
+    for make in (messages, rings, requests, probes, luks, configs, qeds, clusters, qcow2s):
         make(sys.argv[1])
 
 

@@ -400,15 +400,17 @@ class Compressed(Feature):
     kind = "zlib"
 
     def prepare(self, case, by_oxbow):
-        base_raw(case)
-        case.disk.base = bytes(len(case.disk.data))
+        cluster = case.cluster
+        data = base_content(case, case.size)
+        data[:3 * cluster] = bytes(3 * cluster)
+        case.disk = Disk(case.size, data)
+        case.disk.base = bytes(case.size)
         case.run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o",
-                 f"compression_type={self.kind},cluster_size={case.cluster}", "base.raw",
-                 case.image)
-        if case.cluster > 4 * K:  # also what shares a sector with its neighbour
-            case.run("qemu-io", "-f", "qcow2", "-c", f"write -c -P 99 {case.cluster} {case.cluster}",
+                 f"compression_type={self.kind},cluster_size={cluster}", case.model(), case.image)
+        for n in 0, 2:
+            case.run("qemu-io", "-f", "qcow2", "-c", f"write -c -P {n + 9} {n * cluster} {cluster}",
                      case.image)
-            case.disk.write(99, case.cluster, case.cluster)
+            case.disk.write(n + 9, n * cluster, cluster)
 
 
 class Snapshot(Feature):
