@@ -163,7 +163,7 @@ int ox_image_clear_co(struct ox_image_channel *channel, enum ox_io_op op, uint64
 		rc = clear_map_co(&clear, offset, length);
 	else
 		rc = clear_extents_co(&clear, offset, length);
-	if (rc == 0 && clear.commit && (flags & OX_IO_DSYNC))
+	if (rc == 0 && clear.commit && ((flags & OX_IO_DSYNC) || channel->image->eager))
 		rc = ox_image_commit_co(channel);
 	return rc;
 }

@@ -121,7 +121,7 @@ static int write_co(struct ox_request *request, struct ox_list *list, struct iov
 	if (rc == 0)
 		rc = ox_image_write_list_co(request->channel, request->offset, request->length,
 		                            list, 0, durable, &commit);
-	if (rc == 0 && durable && commit)
+	if (rc == 0 && commit && (durable || request->channel->image->eager))
 		rc = ox_image_commit_co(request->channel);
 	return rc;
 }
@@ -222,7 +222,7 @@ static inline bool may_change(const struct ox_image *image, const struct ox_requ
 {
 	return (extent->flags & OX_EXTENT_IN_PLACE) &&
 	       __atomic_load_n(&image->begun, __ATOMIC_ACQUIRE) &&
-	       (!(request->flags & OX_IO_DSYNC) ||
+	       (!((request->flags & OX_IO_DSYNC) || image->eager) ||
 	        !__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE));
 }
 

@@ -190,6 +190,10 @@ struct ox_image {
 	/* Metadata in memory differs from the store's: a flush needs ops->commit_co, and a durable
 	 * write must not take the hit path (atomic; the format's). */
 	bool metadata_dirty;
+	/* A killed process leaves nothing but the file: whatever relies on metadata that is still
+	 * dirty is committed before its request ends, durable or not (the format's; constant from
+	 * begin on). */
+	bool eager;
 	/* The format raw was guessed: a guest must not be able to turn the image into another
 	 * format by writing its first sector (CVE-2007-1320's class). */
 	bool guard_first_sector;

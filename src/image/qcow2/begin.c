@@ -52,8 +52,8 @@ static void mark_session(struct qcow2 *q, const uint8_t session[16])
 	if (h->bitmap_count == 0)
 		h->autoclear &= ~QCOW2_AUTOCLEAR_BITMAPS;
 	qcow2_header_set_extension(h, QCOW2_EXT_SESSION, session, 16);
-	q->eager = !header_fits(q);
-	if (q->eager) {
+	q->image->eager = !header_fits(q);
+	if (q->image->eager) {
 		qcow2_header_set_extension(h, QCOW2_EXT_SESSION, NULL, 0);
 		return;
 	}
@@ -116,14 +116,14 @@ int qcow2_begin_co(struct ox_image_channel *channel)
 		rc = ox_store_flush_co(channel->store);
 	if (rc < 0)
 		return rc;
-	if (!q->eager) {
+	if (!q->image->eager) {
 		rc = qcow2_record_begin(q);
 		if (rc < 0) {
 			ox_log(OX_LOG_WARNING,
 			       "%s: cannot keep a record of its map in the run directory (%s): every "
 			       "change is written at once, which is slower",
 			       image->store->path, strerror(-rc));
-			q->eager = true;
+			q->image->eager = true;
 		}
 	}
 	if (unclean)

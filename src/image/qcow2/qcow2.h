@@ -192,7 +192,6 @@ struct qcow2 {
 	uint32_t unit_shift;    /* a unit maps 1 << unit_shift bytes of the guest's disk */
 	uint32_t units_per_table_shift; /* an L2 table (one cluster) is 1 << this units */
 	bool data_file; /* external: host offset = guest offset, no refcounts for data */
-	bool eager;     /* no record: what is published is committed before its request ends */
 
 	pthread_mutex_t lock;         /* adaptive */
 	struct ox_ranges header_turn; /* one write of the header at a time */
@@ -386,7 +385,7 @@ void qcow2_start_leak_scan(struct ox_image_channel *channel);
  * how to drop it).  */
 int qcow2_record_adopt_co(struct ox_image_channel *channel, struct ox_error *err) OX_MUST_CHECK;
 /* begin_co: makes a new record for header.session; without a run directory q->record stays NULL and
- * q->eager is set. */
+ * q->image->eager is set. */
 int qcow2_record_begin(struct qcow2 *q);
 /* A change of the map in memory; must be noted before its request ends.  False: full; commit
  * first.  Lock held; does not suspend. */

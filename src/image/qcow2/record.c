@@ -73,12 +73,17 @@ struct qcow2_record {
 	bool stuck; /* both halves are sealed */
 };
 
+/* A store without a file dies with the process. */
+static bool outlives_us(const struct qcow2 *q)
+{
+	return q->image->store->dev != 0 || q->image->store->ino != 0;
+}
+
 static int find_path(const struct qcow2 *q, char *path, bool make_dir)
 {
 	const struct ox_store *store = q->image->store;
 
-	/* A store without a file dies with the process. */
-	if (store->dev == 0 && store->ino == 0)
+	if (!outlives_us(q))
 		return -ENOENT;
 	return ox_record_path("qcow2-map", store->dev, store->ino, path, PATH_BYTES, make_dir);
 }
@@ -149,9 +154,9 @@ int qcow2_record_begin(struct qcow2 *q)
 	struct qcow2_record *record;
 	int rc;
 
-	q->eager = true;
+	q->image->eager = true;
 	/* Version 2 has no bit that would fall when somebody else writes. */
-	if (q->header.version < 3)
+	if (q->header.version < 3 || !outlives_us(q))
 		return 0;
 	record = ox_xcalloc(1, sizeof(*record));
 	rc = find_path(q, record->path, true);
@@ -159,11 +164,11 @@ int qcow2_record_begin(struct qcow2 *q)
 		rc = make_file(q, record->path, &record->file);
 	if (rc < 0) {
 		free(record);
-		return rc == -ENOENT ? 0 : rc;
+		return rc;
 	}
 	pthread_mutex_lock(&q->lock);
 	q->record = record;
-	q->eager = false;
+	q->image->eager = false;
 	pthread_mutex_unlock(&q->lock);
 	return 0;
 }
@@ -300,7 +305,7 @@ static int read_file(const struct qcow2 *q, const char *path, struct record_file
 	struct stat st;
 	size_t at = 0;
 
-	if (fd < 0 && errno == ENOENT)
+	if (fd < 0 && (errno == ENOENT || errno == ENOTDIR))
 		return 0;
 	if (fd < 0 || fstat(fd, &st) < 0)
 		return refuse_file(q, path, "cannot be opened", err);

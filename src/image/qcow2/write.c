@@ -380,8 +380,7 @@ int qcow2_allocate(struct ox_image_channel *channel, uint64_t offset, uint64_t l
 	bool zeroed;
 	int rc = -EAGAIN;
 
-	if (q->eager || !fresh_space_is_zero(channel->image) ||
-	    __atomic_load_n(&q->corrupt, __ATOMIC_RELAXED))
+	if (!fresh_space_is_zero(channel->image) || __atomic_load_n(&q->corrupt, __ATOMIC_RELAXED))
 		return -EAGAIN;
 	pthread_mutex_lock(&q->lock);
 	unit = writable_unit(channel, offset >> q->unit_shift);
@@ -449,11 +448,6 @@ static int allocate_co(struct ox_image_channel *channel, uint64_t offset, uint64
 		pthread_mutex_unlock(&q->lock);
 	}
 	qcow2_units_trim(channel);
-	if (q->eager) {
-		rc = qcow2_commit_co(channel);
-		if (rc < 0)
-			return rc;
-	}
 	return -EAGAIN;
 }
 
@@ -604,7 +598,7 @@ int qcow2_publish_co(struct ox_image_channel *channel, struct ox_allocation *a)
 	pthread_mutex_unlock(&q->lock);
 	qcow2_units_trim(channel);
 	qcow2_commit_soon(channel);
-	return q->eager ? qcow2_commit_co(channel) : 0;
+	return 0;
 }
 
 void qcow2_abort(struct ox_image_channel *channel, struct ox_allocation *a)
@@ -798,7 +792,7 @@ static int clear_co(struct ox_image_channel *channel, struct clearing *clearing)
 		if (rc < 0)
 			return rc;
 	}
-	return q->eager ? qcow2_commit_co(channel) : 0;
+	return 0;
 }
 
 int qcow2_zero_co(struct ox_image_channel *channel, uint64_t offset, uint64_t length, bool unmap)
