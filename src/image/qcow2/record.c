@@ -154,7 +154,7 @@ int qcow2_record_begin(struct qcow2 *q)
 	struct qcow2_record *record;
 	int rc;
 
-	q->image->eager = true;
+	q->image->eager = outlives_us(q);
 	/* Version 2 has no bit that would fall when somebody else writes. */
 	if (q->header.version < 3 || !outlives_us(q))
 		return 0;
