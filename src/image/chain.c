@@ -213,16 +213,25 @@ static int open_data_file(struct ox_image *image, const struct ox_image_link *se
 	return rc;
 }
 
-/* A data file that stays closed is one of no bytes: then nothing takes the hit path, and the slow
- * one knows. */
+static void fail_io(struct ox_channel *channel, struct ox_io *io)
+{
+	ox_io_finish(io, -EIO);
+}
+
+/* A data file that stays closed is as large as can be, so that the map is what it is, and whatever
+ * is asked of it fails: it reads neither as zeroes nor as what stands in the image. */
 static int do_without_data_file(struct ox_image *image, struct ox_error *err)
 {
 	const struct ox_store_options options = {.read_only = true, .aio = OX_AIO_SYNC};
+	struct ox_store_ops *closed = &image->generic->closed;
 	struct ox_store *none;
-	int rc = ox_store_open("null:0", &options, &none, err);
+	int rc = ox_store_open("null:4E", &options, &none, err);
 
 	if (rc < 0)
 		return rc;
+	*closed = *none->ops;
+	closed->read = closed->write = closed->zero = closed->discard = fail_io;
+	none->ops = closed;
 	image->generic->no_data = true;
 	image->data = none;
 	return 0;

@@ -46,6 +46,7 @@ struct ox_image_generic {
 	uint64_t generation;
 	/* DATA lies in a data file that was not opened: it cannot be read or written. */
 	bool no_data;
+	struct ox_store_ops closed; /* that file's */
 	/* Copies that image->options points to. */
 	char *format, *key_secret;
 	char **dirs;
