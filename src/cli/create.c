@@ -83,7 +83,7 @@ static void keep_option(struct ox_image_create_options *options, char *name, cha
 static int set_option(struct create_args *args, const char *item, struct ox_error *err)
 {
 	const char *value = strchr(item, '=');
-	OX_FREE char *name = ox_xasprintf("%.*s", (int)strcspn(item, "="), item);
+	OX_FREE char *name = ox_xstrdup(item);
 
 	if (!strcmp(item, "help") || !strcmp(item, "?")) {
 		args->help = true;
@@ -94,7 +94,7 @@ static int set_option(struct create_args *args, const char *item, struct ox_erro
 	if (!value)
 		return ox_error_set(err, EINVAL, "option %s needs a value: -o %s=VALUE", name,
 		                    name);
-	value++;
+	name[value++ - item] = '\0';
 	if (!strcmp(name, "size"))
 		return set_size(args, value, err);
 	if (!strcmp(name, "backing_file"))
