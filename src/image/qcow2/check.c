@@ -126,7 +126,7 @@ void check_unload(struct qcow2_check *c)
 	c->snapshots_damaged = c->bitmaps_damaged = c->bitmaps_stale = false;
 	c->reftable_usable = c->l1_usable = false;
 	c->rebuild = c->incomplete = false;
-	c->end = c->far_end = 0;
+	c->end = c->far_end = c->reach = 0;
 }
 
 /* How many clusters are looked at in one pass. */
@@ -180,7 +180,8 @@ int check_load_co(struct qcow2_check *c)
 
 int check_open_window(struct qcow2_check *c, uint64_t first)
 {
-	uint64_t left = first < c->clusters ? c->clusters - first : 0;
+	/* One more than the file has: what is not aligned may reach into it. */
+	uint64_t left = first <= c->clusters ? c->clusters + 1 - first : 0;
 	uint64_t count = ox_min(c->window, left);
 	int rc;
 
@@ -204,7 +205,12 @@ int check_fill_window_co(struct qcow2_check *c)
 		rc = check_count_others_co(c);
 	if (rc == 0)
 		rc = check_count_tables_co(c);
-	return rc == 0 ? check_count_refcounts(c) : rc;
+	if (rc == 0)
+		rc = check_count_refcounts(c);
+	/* A refcount behind the end means nothing as long as nothing refers to it. */
+	if (rc == 0 && !check_map_get(&c->counted, c->clusters))
+		rc = check_map_set(&c->stored, c->clusters, 1, 0);
+	return rc;
 }
 
 bool check_next_window(struct qcow2_check *c, uint64_t *first)
@@ -212,7 +218,7 @@ bool check_next_window(struct qcow2_check *c, uint64_t *first)
 	uint64_t stored_end = (uint64_t)c->reftable_entries * c->per_block;
 
 	*first += c->window;
-	if (*first >= ox_min(c->clusters, ox_max(c->far_end, stored_end)))
+	if (*first >= ox_min(c->clusters + 1, ox_max(c->far_end, stored_end)))
 		return false;
 	if (*first / c->window < MAX_WINDOWS)
 		return true;

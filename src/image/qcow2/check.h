@@ -123,6 +123,9 @@ struct qcow2_check {
 
 	uint64_t *reftable; /* host order */
 	uint32_t reftable_entries;
+	/* Behind the last cluster that the table has a block for: in a file that was cut off,
+	 * tables refer to clusters up to here. */
+	uint64_t reach;
 	bool reftable_usable; /* it lies in the file, aligned */
 	bool rebuild;         /* the refcount structures cannot be mended in place */
 
@@ -220,13 +223,21 @@ struct check_entry {
 };
 void check_parse_entry(const struct qcow2_check *c, uint64_t raw, uint64_t bitmap,
                        struct check_entry *e);
+/* It never was an L2 entry. */
+bool check_entry_is_wrong(const struct qcow2_check *c, const struct check_entry *e);
 /* As an L1 entry: may its table be used?  (Not looking at what else is there.) */
 bool check_l1_entry_valid(const struct qcow2_check *c, uint64_t raw);
 
-/* Counts the entries of an L1 table that are not 0, and those that cannot be right. */
+/* Counts the entries of an L1 table that are not 0, and those that never were right. */
 void check_judge_l1(const struct qcow2_check *c, const uint64_t *l1, uint32_t entries,
                     uint32_t *used, uint32_t *wrong);
-/* Of so many entries that are not 0, so many cannot be right. */
+/* An address that was right once, before the file was cut off? */
+static inline bool check_is_plausible(const struct qcow2_check *c, uint64_t offset)
+{
+	return check_is_aligned(c, offset) &&
+	       check_cluster(c, offset) < ox_max(c->clusters, c->reach);
+}
+/* Of so many entries that are not 0, so many never were right. */
 static inline bool check_table_is_doubtful(uint32_t entries, uint32_t wrong)
 {
 	return wrong >= 4 && wrong > entries / 2;

@@ -95,10 +95,6 @@ static int fix_l1_entry_co(struct fix *f, uint64_t *entry, const char *which, ui
 	int rc;
 
 	*entry &= ~L1_RESERVED;
-	if (!offset) {
-		*entry = 0;
-		return 0;
-	}
 	drop = !check_l1_entry_valid(c, raw);
 	if (drop) {
 		offset = find_orphan(f, offset);
@@ -143,7 +139,8 @@ void check_judge_l1(const struct qcow2_check *c, const uint64_t *l1, uint32_t en
 	*used = *wrong = 0;
 	for (uint32_t i = 0; i < entries; i++) {
 		*used += l1[i] != 0;
-		*wrong += l1[i] && (!check_l1_entry_valid(c, l1[i]) || (l1[i] & L1_RESERVED));
+		*wrong += l1[i] && (!check_is_plausible(c, l1[i] & QCOW2_OFFSET_MASK) ||
+		                    (l1[i] & L1_RESERVED));
 	}
 }
 
@@ -327,12 +324,48 @@ lost:
 	return 0;
 }
 
+/* An entry is marked as compressed and as in force, which exclude each other: what there is tells
+ * which of the flags is wrong. */
+static int choose_flag_co(struct fix *f, const struct check_entry *e, uint64_t *raw)
+{
+	struct qcow2_check *c = f->c;
+	unsigned type = c->q->header.compression_type;
+	OX_FREE uint8_t *in = NULL, *out = NULL;
+	struct check_entry other;
+	int rc;
+
+	check_parse_entry(c, e->raw & ~QCOW2_ENTRY_COMPRESSED, 0, &other);
+	if (other.kind != CHECK_ENTRY_DATA || other.unaligned || other.outside ||
+	    other.reserved_bits)
+		return 0;
+	if (!e->impossible && !e->outside) {
+		in = malloc(e->bytes);
+		out = malloc(c->cluster_size);
+		if (!in || !out)
+			return -ENOMEM;
+		rc = check_read_co(c, e->offset, in, e->bytes);
+		if (rc < 0)
+			return rc;
+		if (qcow2_decompress(type, in, e->bytes, out, c->cluster_size) == 0)
+			return 0;
+	}
+	*raw = other.raw;
+	return 0;
+}
+
 static int fix_entry_co(struct fix *f, uint64_t guest_cluster, uint64_t *raw, uint64_t *bitmap)
 {
 	struct qcow2_check *c = f->c;
 	struct check_entry e;
 
 	check_parse_entry(c, *raw, *bitmap, &e);
+	if (e.copied_compressed) {
+		int rc = choose_flag_co(f, &e, raw);
+
+		if (rc < 0)
+			return rc;
+		check_parse_entry(c, *raw, *bitmap, &e);
+	}
 	if (e.kind == CHECK_ENTRY_COMPRESSED) {
 		if (e.impossible || e.outside || in_metadata(c, e.offset, e.bytes)) {
 			check_say(c,

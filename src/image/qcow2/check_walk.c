@@ -48,6 +48,15 @@ void check_parse_entry(const struct qcow2_check *c, uint64_t raw, uint64_t bitma
 	e->outside = !c->data_file && !check_region_in_file(c, e->offset, e->bytes);
 }
 
+bool check_entry_is_wrong(const struct qcow2_check *c, const struct check_entry *e)
+{
+	if (e->reserved_bits || e->bad_bitmap || e->impossible || e->unaligned)
+		return true;
+	if (e->kind == CHECK_ENTRY_COMPRESSED)
+		return !check_is_plausible(c, e->offset & ~(uint64_t)(c->cluster_size - 1));
+	return e->kind == CHECK_ENTRY_DATA && e->outside && !check_is_plausible(c, e->offset);
+}
+
 bool check_l1_entry_valid(const struct qcow2_check *c, uint64_t raw)
 {
 	uint64_t offset = raw & QCOW2_OFFSET_MASK;
@@ -163,7 +172,8 @@ static int count_run_co(struct tally *t, uint64_t raw, uint64_t count)
 
 	count_statistics(t, offset, count);
 	if (!c->data_file) {
-		t->wrong += (uint32_t)(count - inside);
+		for (uint64_t i = inside; c->careful && i < count; i++)
+			t->wrong += !check_is_plausible(c, offset + (i << c->cluster_bits));
 		for (uint64_t i = inside; c->first && !c->quiet && i < count; i++)
 			say_outside(t, offset + (i << c->cluster_bits), c->cluster_size);
 		c->far_end = ox_max(c->far_end, inside ? first + inside : 0);
@@ -214,9 +224,9 @@ static int count_entry_co(struct tally *t, uint64_t raw, uint64_t bitmap)
 	int rc;
 
 	check_parse_entry(c, raw, bitmap, &e);
-	/* (What is outside only, is counted by count_run_co().) */
-	t->wrong += e.reserved_bits || e.unaligned || e.bad_bitmap || e.impossible ||
-	            (e.outside && e.kind == CHECK_ENTRY_COMPRESSED);
+	/* (count_run_co() looks at what is outside.) */
+	if (e.kind != CHECK_ENTRY_DATA || !e.outside || e.unaligned)
+		t->wrong += check_entry_is_wrong(c, &e);
 	if (e.reserved_bits && c->first)
 		check_corrupt(c, t->times, "ERROR found l2 entry with reserved bits set: %llx",
 		              (unsigned long long)raw);
@@ -306,8 +316,12 @@ static int count_l1_entry_co(struct tally *t, uint32_t index, uint64_t raw)
 	if ((raw & L1_RESERVED) && c->first)
 		check_corrupt(c, t->times, "ERROR found L1 entry with reserved bits set: %llx",
 		              (unsigned long long)raw);
-	if (!offset)
+	if (!offset) {
+		if (c->first && !(raw & L1_RESERVED))
+			check_corrupt(c, t->times, "ERROR L1 entry %u has no table: %llx", index,
+			              (unsigned long long)raw);
 		return 0;
+	}
 	if (c->careful && !check_l1_entry_valid(c, raw))
 		return 0;
 	rc = count_bytes(t, offset, c->cluster_size);
