@@ -170,13 +170,14 @@ static void try_image(void)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	size_t bytes = size < 2 ? 0 : ((size_t)ox_get_le16(data) * 512) % FILE_MAX;
+	size_t head = size < 2 ? 0 : ox_min(size - 2, (size_t)HEAD);
 	uint8_t *file = calloc(1, bytes + 8);
 
 	if (!file)
 		abort();
 	ox_log_set_level((enum ox_log_level)0);
-	if (size > 2)
-		memcpy(file, data + 2, ox_min(ox_min(size - 2, HEAD), bytes));
+	if (head > 0)
+		memcpy(file, data + 2, ox_min(head, bytes));
 	for (size_t at = 2 + HEAD; at + RECORD <= size && bytes >= 8; at += RECORD) {
 		uint64_t where = (data[at] | data[at + 1] << 8 | data[at + 2] << 16) % (bytes / 8);
 

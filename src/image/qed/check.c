@@ -10,7 +10,8 @@
  *   - an entry that is not valid, or that points to a table, becomes "unallocated": nothing that
  *     belongs to it can be reached.
  *   - a table or cluster that is referred to a second time is copied, so that each owner has its
- *     own and both still read what they read before.
+ *     own and both still read what they read before.  At most as much is copied as the file has:
+ *     a few damaged entries do not ask for more, a malicious image could ask for any amount.
  *   - (fix_leaks) clusters at the file's end that nobody refers to are cut off.  The format cannot
  *     use those in between again.
  * A copy is durable before the entry that shows it is written.
@@ -42,13 +43,15 @@ struct run {
 	struct ox_image_channel *channel;
 	struct qed *q;
 	struct ox_image_check *check;
-	bool copy;                     /* what is referred to twice is copied */
+	/* What is referred to twice is copied, as long as there is some of this left, bytes. */
+	uint64_t copy_left;
 	uint64_t clusters;             /* of the file */
 	uint64_t *used;                /* a bit each */
 	uint64_t used_count, used_end; /* how many; behind the last one */
 	struct found_table *tables;
 	size_t table_count, table_room;
 	uint8_t *bytes; /* block_bytes of a table */
+	bool copied;    /* since the last flush */
 	bool changed;   /* the file was */
 };
 
@@ -67,8 +70,7 @@ static void say(struct run *run, const char *fmt, ...)
 	run->check->say(run->check->arg, line);
 }
 
-/* --- which clusters are used
- * ------------------------------------------------------------------------ */
+/* --- which clusters are used ------------------------------------------------------------------ */
 
 static bool is_used(const struct run *run, uint64_t offset, uint64_t bytes)
 {
@@ -108,8 +110,7 @@ static bool is_valid(const struct run *run, uint64_t offset, uint64_t bytes)
 	        offset + bytes <= q->header.l1_offset);
 }
 
-/* --- copying
- * ------------------------------------------------------------------------------------------- */
+/* --- copying ---------------------------------------------------------------------------------- */
 
 /* New space behind the file's end; not from q's own, which is there only while an image is in use.
  */
@@ -150,11 +151,24 @@ static int copy_co(struct run *run, uint64_t from, uint64_t bytes, uint64_t *to)
 		if (rc == 0 && !ox_buffer_is_zero(buf, step))
 			rc = ox_store_write_co(store, *to + at, buf, step, 0);
 	}
-	return rc < 0 ? rc : qed_flush_co(run->channel);
+	run->copied = true;
+	run->copy_left -= bytes;
+	return rc;
 }
 
-/* --- pass 1: tables
- * -------------------------------------------------------------------------------------- */
+/* A block of a table that was changed; what it shows is durable before. */
+static int write_table_co(struct run *run, uint64_t at)
+{
+	int rc = run->copied ? qed_flush_co(run->channel) : 0;
+
+	if (rc < 0)
+		return rc;
+	run->copied = false;
+	run->changed = true;
+	return ox_store_write_co(run->channel->store, at, run->bytes, run->q->block_bytes, 0);
+}
+
+/* --- pass 1: tables --------------------------------------------------------------------------- */
 
 static int add_found(struct run *run, uint64_t index, uint64_t offset)
 {
@@ -193,9 +207,11 @@ static int check_l1_entry_co(struct run *run, uint64_t index, uint64_t *entry)
 		return 0;
 	}
 	if (is_used(run, *entry, q->table_bytes)) {
+		bool repair = run->copy_left >= q->table_bytes;
+
 		say(run, "%s: L1 entry %" PRIu64 " points to %#" PRIx64 ", which is already in use",
-		    run->copy ? "Repairing" : "ERROR", index, *entry);
-		if (!run->copy) {
+		    repair ? "Repairing" : "ERROR", index, *entry);
+		if (!repair) {
 			/* Its entries are another's: counting them again says nothing. */
 			check->corruptions++;
 			return 0;
@@ -243,8 +259,7 @@ static int find_tables_co(struct run *run)
 		}
 		if (!changed)
 			continue;
-		run->changed = true;
-		rc = ox_store_write_co(run->channel->store, at, run->bytes, q->block_bytes, 0);
+		rc = write_table_co(run, at);
 		if (rc < 0)
 			return rc;
 	}
@@ -287,16 +302,15 @@ static int take_over_tables(struct run *run)
 	return 0;
 }
 
-/* --- pass 2: clusters
- * ------------------------------------------------------------------------------------ */
+/* --- pass 2: clusters ------------------------------------------------------------------------- */
 
 /* One entry for data, valid or not; *entry may change. */
 static int check_l2_entry_co(struct run *run, uint64_t cluster, uint64_t *entry)
 {
 	struct qed *q = run->q;
 	struct ox_image_check *check = run->check;
+	bool valid, repair;
 	uint64_t copy;
-	bool valid;
 	int rc;
 
 	pthread_mutex_lock(&q->lock);
@@ -318,9 +332,10 @@ static int check_l2_entry_co(struct run *run, uint64_t cluster, uint64_t *entry)
 		use(run, *entry, q->cluster_size);
 		return 0;
 	}
+	repair = run->copy_left >= q->cluster_size;
 	say(run, "%s: cluster %" PRIu64 " is at %#" PRIx64 ", which is already in use",
-	    run->copy ? "Repairing" : "ERROR", cluster, *entry);
-	if (!run->copy) {
+	    repair ? "Repairing" : "ERROR", cluster, *entry);
+	if (!repair) {
 		check->corruptions++;
 		return 0;
 	}
@@ -358,10 +373,7 @@ static int check_block_co(struct run *run, uint64_t first, uint64_t at, uint64_t
 		qed_patch_l2(q, first + i, entry);
 		changed = true;
 	}
-	if (!changed)
-		return 0;
-	run->changed = true;
-	return ox_store_write_co(run->channel->store, at, run->bytes, q->block_bytes, 0);
+	return changed ? write_table_co(run, at) : 0;
 }
 
 struct status_call {
@@ -414,8 +426,7 @@ static int check_table_co(struct run *run, const struct found_table *table)
 	return 0;
 }
 
-/* --- the whole
- * ------------------------------------------------------------------------------------------- */
+/* --- the whole -------------------------------------------------------------------------------- */
 
 static int start_run(struct run *run, struct ox_error *err)
 {
@@ -426,16 +437,19 @@ static int start_run(struct run *run, struct ox_error *err)
 	pthread_mutex_lock(&q->lock);
 	run->clusters = q->end >> q->cluster_shift;
 	pthread_mutex_unlock(&q->lock);
-	if (run->clusters > MAX_CLUSTERS)
-		return ox_error_set(err, EFBIG,
-		                    "%s: has too many clusters to be checked (%" PRIu64 ")", path,
-		                    run->clusters);
+	if (run->clusters > MAX_CLUSTERS) {
+		ox_error_set(err, EFBIG, "%s: has too many clusters to be checked (%" PRIu64 ")",
+		             path, run->clusters);
+		return -EFBIG;
+	}
 	run->bytes = aligned_alloc(4096, q->block_bytes);
 	map = mmap(NULL, run->clusters / 8 + sizeof(uint64_t), PROT_READ | PROT_WRITE,
 	           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (!run->bytes || map == MAP_FAILED)
-		return ox_error_set(err, ENOMEM, "%s: not enough memory to check it", path);
-	run->used = map;
+	run->used = map == MAP_FAILED ? NULL : map;
+	if (!run->bytes || !run->used) {
+		ox_error_set(err, ENOMEM, "%s: not enough memory to check it", path);
+		return -ENOMEM;
+	}
 	use(run, 0, (uint64_t)q->header.header_size << q->cluster_shift);
 	use(run, q->header.l1_offset, q->table_bytes);
 	return 0;
@@ -497,9 +511,11 @@ static int run_check_co(struct ox_image_channel *channel, struct ox_image_check 
                         struct ox_error *err)
 {
 	struct qed *q = qed_of(channel);
-	struct run run = {.channel = channel, .q = q, .check = check, .copy = copy};
+	struct run run = {.channel = channel, .q = q, .check = check};
 	int rc = start_run(&run, err);
 
+	if (copy)
+		run.copy_left = run.clusters << q->cluster_shift;
 	if (rc == 0) {
 		check->total_clusters = q->header.image_size >> q->cluster_shift;
 		check->total_clusters += !ox_is_aligned(q->header.image_size, q->cluster_size);

@@ -8,6 +8,7 @@
 #include "image/qed/qed.h"
 #include "base/text.h"
 #include <errno.h>
+#include <oxbow/log.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -23,8 +24,7 @@ static const struct ox_create_word qed_create_words[] = {
         {NULL, NULL, NULL},
 };
 
-/* --- create
- * ------------------------------------------------------------------------------------------- */
+/* --- create ----------------------------------------------------------------------------------- */
 
 static int parse_geometry(const struct ox_image_create_options *options, uint32_t *cluster,
                           uint32_t *table, struct ox_error *err)
@@ -146,6 +146,11 @@ static int qed_create_co(struct ox_channel *store, const struct ox_image_create_
 		header.backing_offset = QED_HEADER_BYTES;
 		header.backing_bytes = (uint32_t)strlen(options->backing_file);
 	}
+	if (header.table_size == 1)
+		ox_log(OX_LOG_WARNING,
+		       "%s: QEMU (seen with 7.2) does not open qed images whose tables have "
+		       "one cluster; with table_size=2 or more it does",
+		       options->path);
 	rc = fill_co(store, &header, options->backing_file);
 	if (rc < 0)
 		return ox_error_set(err, -rc, "%s: cannot write the new image: %s", options->path,
@@ -153,8 +158,7 @@ static int qed_create_co(struct ox_channel *store, const struct ox_image_create_
 	return 0;
 }
 
-/* --- resize
- * -------------------------------------------------------------------------------------------- */
+/* --- resize ----------------------------------------------------------------------------------- */
 
 static int qed_resize_co(struct ox_image_channel *channel, uint64_t size,
                          enum ox_preallocation prealloc, struct ox_error *err)

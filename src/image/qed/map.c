@@ -42,8 +42,7 @@ static struct qed_block *block_new(const struct qed *q, uint64_t key, uint64_t s
 	return block;
 }
 
-/* --- where things may be
- * -------------------------------------------------------------------------- */
+/* --- where things may be ---------------------------------------------------------------------- */
 
 static bool overlaps(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes)
 {
@@ -113,8 +112,7 @@ bool qed_add_table(struct qed *q, uint64_t offset)
 	return true;
 }
 
-/* --- L1
- * ------------------------------------------------------------------------------------------- */
+/* --- L1 --------------------------------------------------------------------------------------- */
 
 static struct qed_l1 *l1_now(const struct qed *q)
 {
@@ -302,8 +300,7 @@ void qed_map_free(struct qed *q)
 	free(q->tables);
 }
 
-/* --- L2: finding
- * ------------------------------------------------------------------------------------ */
+/* --- L2: finding ------------------------------------------------------------------------------ */
 
 static struct qed_block **bucket_of(const struct qed *q, uint64_t key)
 {
@@ -406,8 +403,7 @@ int qed_map_co(struct ox_image_channel *channel, uint64_t offset, uint64_t lengt
 	return rc;
 }
 
-/* --- L2: loading and dropping
- * --------------------------------------------------------------------- */
+/* --- L2: loading and dropping ----------------------------------------------------------------- */
 
 /* What was read of an L2 table becomes offsets; how many are not valid.  Lock held. */
 static uint32_t judge_l2_block(const struct qed *q, struct qed_block *block)
@@ -563,8 +559,7 @@ void qed_put_block(struct qed *q, struct qed_block *block)
 	pthread_mutex_unlock(&q->lock);
 }
 
-/* --- after a repair
- * --------------------------------------------------------------------------------- */
+/* --- after a repair --------------------------------------------------------------------------- */
 
 void qed_patch_l1(struct qed *q, uint64_t index, uint64_t value)
 {

@@ -46,8 +46,7 @@ static int qed_probe(const void *head, size_t bytes, const char *path)
 	return bytes >= QED_HEADER_BYTES && ox_get_le32(head) == QED_MAGIC ? 100 : 0;
 }
 
-/* --- the header
- * ----------------------------------------------------------------------------------------- */
+/* --- the header ------------------------------------------------------------------------------- */
 
 int qed_write_header_co(struct ox_image_channel *channel)
 {
@@ -94,8 +93,7 @@ static int read_header_co(struct ox_image_channel *channel, struct qed *q, struc
 	return ox_error_set(err, EINVAL, "%s: the backing file's name contains a zero byte", path);
 }
 
-/* --- opening
- * ---------------------------------------------------------------------------------------------- */
+/* --- opening ---------------------------------------------------------------------------------- */
 
 static void free_qed(struct qed *q)
 {
@@ -172,9 +170,7 @@ static void qed_close(struct ox_image *image)
 	image->priv = NULL;
 }
 
-/* --- writing
- * ------------------------------------------------------------------------------------------------
- */
+/* --- writing ---------------------------------------------------------------------------------- */
 
 /* The file ends with a whole cluster from now on (qed_spec: what follows the last one may not be
  * preserved). */

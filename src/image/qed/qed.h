@@ -80,8 +80,7 @@ static inline uint64_t qed_table_bytes(const struct qed_header *header)
 	return (uint64_t)header->cluster_size * header->table_size;
 }
 
-/* --- waiting together
- * ----------------------------------------------------------------------------- */
+/* --- waiting together ------------------------------------------------------------------------- */
 
 /* Work that serves everybody who asked before it began: the first who asks does it, who comes
  * meanwhile waits for the next round, which one of them does for all.  Guarded by qed->lock. */
@@ -100,8 +99,7 @@ struct qed_rounds {
 	TAILQ_HEAD(, qed_waiter) waiters;
 };
 
-/* --- in memory
- * -------------------------------------------------------------------------------------- */
+/* --- in memory -------------------------------------------------------------------------------- */
 
 #define QED_BLOCK_MAX (64u << 10) /* bytes */
 #define QED_PIECE     4096u       /* bytes; what is written of a block as one */
@@ -204,8 +202,7 @@ static inline struct qed *qed_of(const struct ox_image_channel *channel)
 	return channel->image->priv;
 }
 
-/* --- open.c
- * ----------------------------------------------------------------------------------------- */
+/* --- open.c ----------------------------------------------------------------------------------- */
 
 /* The map is damaged: logs why, once; from now on writes fail.  Answers -EIO.  Any thread, the lock
  * may be held. */
@@ -225,8 +222,7 @@ static inline void qed_set_unchecked(struct qed *q, bool unchecked)
 /* Writes the header as it is in memory and flushes. */
 int qed_write_header_co(struct ox_image_channel *channel) OX_MUST_CHECK;
 
-/* --- map.c
- * ------------------------------------------------------------------------------------------ */
+/* --- map.c ------------------------------------------------------------------------------------ */
 
 /* Reads L1 and makes the (empty) cache. */
 int qed_map_init_co(struct ox_image_channel *channel, uint64_t budget, struct ox_error *err)
@@ -266,8 +262,7 @@ bool qed_add_table(struct qed *q, uint64_t offset);
 void qed_patch_l1(struct qed *q, uint64_t index, uint64_t value);
 void qed_patch_l2(struct qed *q, uint64_t cluster, uint64_t value);
 
-/* --- update.c
- * ------------------------------------------------------------------------------------- */
+/* --- update.c --------------------------------------------------------------------------------- */
 
 void qed_rounds_init(struct qed_rounds *rounds);
 /* Suspends until a round of fn_co(channel, arg) that began after this call has ended; its value.
@@ -284,8 +279,7 @@ int qed_update_co(struct ox_image_channel *channel, struct qed_block *block,
 int qed_link_table_co(struct ox_image_channel *channel, uint64_t index, uint64_t table)
         OX_MUST_CHECK;
 
-/* --- write.c
- * ---------------------------------------------------------------------------------------- */
+/* --- write.c ---------------------------------------------------------------------------------- */
 
 int qed_prepare_co(struct ox_image_channel *channel, struct ox_allocation *a);
 int qed_publish_co(struct ox_image_channel *channel, struct ox_allocation *a);
@@ -297,8 +291,7 @@ bool qed_has_backing_at(const struct qed *q, uint64_t offset);
 int qed_take_space_co(struct ox_image_channel *channel, uint64_t bytes, uint64_t *offset)
         OX_MUST_CHECK;
 
-/* --- check.c
- * ---------------------------------------------------------------------------------------- */
+/* --- check.c ---------------------------------------------------------------------------------- */
 
 int qed_check_co(struct ox_image_channel *channel, struct ox_image_check *check,
                  struct ox_error *err);
@@ -306,8 +299,7 @@ int qed_check_co(struct ox_image_channel *channel, struct ox_image_check *check,
  * wrong; else the image is damaged from now on. */
 int qed_repair_mark_co(struct ox_image_channel *channel, struct ox_error *err) OX_MUST_CHECK;
 
-/* --- maintenance.c
- * ----------------------------------------------------------------------------------- */
+/* --- maintenance.c ---------------------------------------------------------------------------- */
 
 extern const struct ox_format_maintenance qed_maintenance;
 

@@ -18,8 +18,7 @@
 #include "base/byteorder.h"
 #include <errno.h>
 
-/* --- rounds
- * ----------------------------------------------------------------------------------------- */
+/* --- rounds ----------------------------------------------------------------------------------- */
 
 void qed_rounds_init(struct qed_rounds *rounds)
 {
@@ -97,8 +96,7 @@ int qed_flush_co(struct ox_image_channel *channel)
 	return qed_round_co(channel, &qed_of(channel)->flushing, flush_round_co, NULL);
 }
 
-/* --- entries
- * ------------------------------------------------------------------------------------------ */
+/* --- entries ---------------------------------------------------------------------------------- */
 
 #define PIECE_ENTRIES (QED_PIECE / sizeof(uint64_t))
 

@@ -29,8 +29,7 @@
 enum { A_BLOCK, A_TABLE, A_FLAGS };
 #define A_AFTER_DATA (1u << 0) /* the entry is written after the data is durable */
 
-/* --- space
- * -------------------------------------------------------------------------------------------- */
+/* --- space ------------------------------------------------------------------------------------ */
 
 /* Lets the file reach to q->wanted, and some more. */
 static int grow_round_co(struct ox_image_channel *channel, void *arg)
@@ -105,8 +104,7 @@ static void give_back(struct qed *q, uint64_t offset, uint64_t clusters)
 	}
 }
 
-/* --- tables
- * --------------------------------------------------------------------------------------------- */
+/* --- tables ----------------------------------------------------------------------------------- */
 
 static struct qed_new_table *find_new_table(const struct qed *q, uint64_t index)
 {
@@ -172,8 +170,7 @@ static int find_table_co(struct ox_image_channel *channel, uint64_t index, bool 
 	return note_table(q, index, offset, table);
 }
 
-/* --- writes
- * --------------------------------------------------------------------------------------------- */
+/* --- writes ----------------------------------------------------------------------------------- */
 
 bool qed_has_backing_at(const struct qed *q, uint64_t offset)
 {
@@ -312,8 +309,7 @@ void qed_abort(struct ox_image_channel *channel, struct ox_allocation *a)
 	qed_put_block(q, block);
 }
 
-/* --- zeroes
- * --------------------------------------------------------------------------------------------- */
+/* --- zeroes ----------------------------------------------------------------------------------- */
 
 /* How many clusters from `first` on are of one kind (and, if data, side by side). */
 static uint32_t count_alike(const struct qed *q, const struct qed_block *block, uint32_t first,

@@ -29,8 +29,7 @@
 static struct kit kit;
 static struct ox_image_options options;
 
-/* --- what all need
- * ------------------------------------------------------------------------------------ */
+/* --- what all need ---------------------------------------------------------------------------- */
 
 static void make(const char *name, const char *cluster, const char *table, uint64_t size,
                  const char *base)
@@ -272,8 +271,7 @@ static void expect_clean(void)
 	assert_int_equal(features() & QED_F_NEED_CHECK, 0);
 }
 
-/* --- the header
- * ------------------------------------------------------------------------------------------ */
+/* --- the header ------------------------------------------------------------------------------- */
 
 static struct qed_header good_header(void)
 {
@@ -372,8 +370,7 @@ static void test_features(void **state)
 	assert_int_equal(peek64(32), 0);
 }
 
-/* --- writing
- * --------------------------------------------------------------------------------------------- */
+/* --- writing ---------------------------------------------------------------------------------- */
 
 static void test_shapes(void **state)
 {
@@ -613,9 +610,7 @@ static void test_resize_large(void **state)
 	expect(UINT64_C(29) << 40, 100, 2);
 }
 
-/* --- memory
- * ------------------------------------------------------------------------------------------------
- */
+/* --- memory ----------------------------------------------------------------------------------- */
 
 static void test_budget(void **state)
 {
@@ -671,9 +666,7 @@ static void test_together(void **state)
 	expect_clean();
 }
 
-/* --- damage
- * -------------------------------------------------------------------------------------------------
- */
+/* --- damage ----------------------------------------------------------------------------------- */
 
 static void make_used(void)
 {
@@ -826,8 +819,7 @@ static void test_leaks(void **state)
 	assert_int_equal(file_size(), 13 * CLUSTER);
 }
 
-/* --- errors and order
- * ------------------------------------------------------------------------------------------ */
+/* --- errors and order ------------------------------------------------------------------------- */
 
 #define FAULTY "faulty::" NAME
 
@@ -1031,9 +1023,7 @@ static void test_durable(void **state)
 	ox_faulty_free_log(&log);
 }
 
-/* --- creation
- * ----------------------------------------------------------------------------------------------------
- */
+/* --- creation --------------------------------------------------------------------------------- */
 
 static int create(const char *cluster, const char *table, uint64_t size, const char *base)
 {
