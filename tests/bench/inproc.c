@@ -246,8 +246,9 @@ static const char *make_image(struct bench *bench)
 	const char *path = "memory:bench:8G";
 	struct ox_image_create_options create = {
 	        .path = path, .format = bench->image, .size = DISK_BYTES, .has_size = true};
-	struct ox_image_options open = {.format = bench->image,
-	                                .store = {.write_granularity = 512, .aio = OX_AIO_SYNC}};
+	struct ox_image_options open = {
+	        .format = bench->image,
+	        .store = {.write_granularity = 512, .aio = OX_AIO_SYNC, .lock = OX_LOCK_WRITE}};
 
 	if (!bench->image)
 		return "null:10G";
