@@ -100,28 +100,44 @@ int qed_flush_co(struct ox_image_channel *channel)
 
 #define PIECE_ENTRIES (QED_PIECE / sizeof(uint64_t))
 
-/* The block as the file shall have it, and which pieces of it have to be written (a bit each). Lock
- * held.  -EIO: it has entries that are not valid; those stay as they are, and so does the rest. */
-static int encode_block(const struct qed *q, const struct qed_block *block, uint8_t *out,
-                        uint32_t *pieces)
+/* Which pieces of the block its changes touch, a bit each.  Lock held. */
+static uint32_t touched_pieces(const struct qed_block *block)
+{
+	struct qed_change *change;
+	uint32_t pieces = 0;
+
+	TAILQ_FOREACH (change, &block->changes, link) {
+		uint32_t first = change->first / PIECE_ENTRIES;
+		uint32_t last = (change->first + change->count - 1) / PIECE_ENTRIES;
+
+		for (uint32_t i = first; i <= last; i++)
+			pieces |= UINT32_C(1) << i;
+	}
+	return pieces;
+}
+
+/* Those pieces as the file shall have them.  Lock held.  -EIO: they have entries that are not
+ * valid; those stay as they are, and so does the rest. */
+static int encode_pieces(const struct qed *q, const struct qed_block *block, uint32_t pieces,
+                         uint8_t *out)
 {
 	struct qed_change *change;
 
-	*pieces = 0;
 	for (uint32_t i = 0; i < q->block_entries; i++) {
 		uint64_t entry = qed_entry(block, i);
 
+		if (!(pieces >> (i / PIECE_ENTRIES) & 1)) {
+			i += PIECE_ENTRIES - 1;
+			continue;
+		}
 		if (entry == QED_INVALID)
 			return -EIO;
 		ox_put_le64(out + i * sizeof(uint64_t), entry);
 	}
 	TAILQ_FOREACH (change, &block->changes, link) {
-		for (uint32_t i = 0; i < change->count; i++) {
-			uint32_t at = change->first + i;
-
-			ox_put_le64(out + at * sizeof(uint64_t), change->base + i * change->step);
-			*pieces |= UINT32_C(1) << (at / PIECE_ENTRIES);
-		}
+		for (uint32_t i = 0; i < change->count; i++)
+			ox_put_le64(out + (change->first + i) * sizeof(uint64_t),
+			            change->base + i * change->step);
 	}
 	return 0;
 }
@@ -137,7 +153,8 @@ static int write_block_co(struct ox_image_channel *channel, void *arg)
 	if (!bytes)
 		return -ENOMEM;
 	pthread_mutex_lock(&q->lock);
-	rc = encode_block(q, block, bytes, &pieces);
+	pieces = touched_pieces(block);
+	rc = encode_pieces(q, block, pieces, bytes);
 	pthread_mutex_unlock(&q->lock);
 	for (uint32_t i = 0; i < count && rc == 0; i++) {
 		uint32_t from = i;

@@ -767,6 +767,11 @@ static void test_used_twice(void **state)
 	check = check_image(false, false);
 	assert_int_equal(check.corruptions, 2);
 	assert_int_equal(check.leaks, 1);
+	/* Tables that two entries have are seen at once. */
+	open_image(NAME);
+	expect(6 * M + CLUSTER, CLUSTER, 2);
+	assert_int_equal(request(OX_IO_WRITE, M, CLUSTER, 1, 0), -EIO);
+	close_image(true);
 	check = check_image(true, true);
 	assert_int_equal(check.corruptions, 0);
 	/* The table, its eight clusters, and the one that it had twice. */
