@@ -689,7 +689,8 @@ static int find_end_co(struct ox_image_channel *channel, uint64_t *end)
 		if (at > first)
 			break;
 	}
-	*end = ox_min(*end, at << q->cluster_bits);
+	*end = ox_min(__atomic_load_n(&q->image->store->size, __ATOMIC_RELAXED),
+	              at << q->cluster_bits);
 	return 0;
 }
 
@@ -722,11 +723,12 @@ int qcow2_alloc_finish_co(struct ox_image_channel *channel, uint64_t *end)
 	uint64_t noted;
 	int rc = 0;
 
-	*end = __atomic_load_n(&q->image->store->size, __ATOMIC_RELAXED);
 	pthread_mutex_lock(&q->lock);
 	a->finishing = true;
 	pthread_mutex_unlock(&q->lock);
 	ox_range_acquire_co(&a->background, &background);
+	/* Not before: the background makes the file longer. */
+	*end = __atomic_load_n(&q->image->store->size, __ATOMIC_RELAXED);
 	/* What the leak scan found, or was held up by it, is behind the last commit. */
 	pthread_mutex_lock(&q->lock);
 	noted = a->notes_tail;
