@@ -10,25 +10,36 @@
 #include <stdio.h>
 #include <string.h>
 
-int ox_cli_fail(const struct ox_error *err)
+/* One line, whatever the names in it are: those in an image's header are a stranger's, and a
+ * terminal obeys control characters. */
+static int say(char *text)
 {
+	for (char *c = text; *c; c++) {
+		if ((unsigned char)*c < 0x20 || *c == 0x7f)
+			*c = '?';
+	}
 	/* What went to standard output comes first, also when both are one file. */
 	fflush(stdout);
-	fprintf(stderr, "oxbow: %s\n", err->text);
+	fprintf(stderr, "oxbow: %s\n", text);
 	return 1;
+}
+
+int ox_cli_fail(const struct ox_error *err)
+{
+	OX_FREE char *text = ox_xstrdup(err->text);
+
+	return say(text);
 }
 
 int ox_cli_failf(const char *fmt, ...)
 {
+	char text[OX_ERROR_TEXT];
 	va_list ap;
 
-	fflush(stdout);
-	fputs("oxbow: ", stderr);
 	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
+	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	fputc('\n', stderr);
-	return 1;
+	return say(text);
 }
 
 /* The option's own part of "--name=value". */

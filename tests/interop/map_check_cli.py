@@ -370,6 +370,9 @@ def names_in_headers_are_not_followed():
         succeeds(run(OXBOW, "info", "mine/y.qcow2"))
         for args in ("info", "--backing-chain"), ("map",):
             fails(run(OXBOW, *args, "mine/y.qcow2"), "mine/y.qcow2", "refused")
+    # Whatever it says, the message is one line.
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "nbd:\x1b[31m\nred", "-F", "raw", "y", "1M")
+    fails(run(OXBOW, "map", "y"), "nbd:?[31m?red", "refused")
     # In circles.
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "a.qcow2", "1M")
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2", "1M")
