@@ -112,6 +112,9 @@ static int load(struct ox_image *image, struct ox_error *err)
 		rc = load.result;
 	if (rc < 0)
 		return rc;
+	if (!ox_is_power_of_2(image->cluster_size) || !ox_is_power_of_2(image->zero_unit))
+		return ox_error_set(err, EINVAL, "%s: its clusters are of no power of two bytes",
+		                    image->store->path);
 	image->begun = !image->ops->begin_co;
 	return 0;
 }
