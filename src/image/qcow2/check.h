@@ -82,7 +82,6 @@ struct check_snapshot {
 	uint32_t at, bytes; /* of its entry in the table */
 	uint32_t extra_bytes;
 	bool usable; /* its L1 table may be read */
-	bool sure;   /* its L1 table looks like one (known in a careful count) */
 };
 
 struct check_bitmap {
@@ -114,6 +113,8 @@ struct qcow2_check {
 	bool careful; /* references that cannot be right are not counted; kinds is filled */
 	bool without_refcounts; /* the refcount structures are about to go: they do not count */
 	bool one_by_one;        /* tables are changed: nothing is read ahead */
+
+	bool leaks_only; /* repair: errors stay, and it is known that there are some */
 
 	struct check_map counted, stored, kinds;
 	uint64_t window;    /* clusters */
@@ -228,9 +229,6 @@ bool check_entry_is_wrong(const struct qcow2_check *c, const struct check_entry 
 /* As an L1 entry: may its table be used?  (Not looking at what else is there.) */
 bool check_l1_entry_valid(const struct qcow2_check *c, uint64_t raw);
 
-/* Counts the entries of an L1 table that are not 0, and those that never were right. */
-void check_judge_l1(const struct qcow2_check *c, const uint64_t *l1, uint32_t entries,
-                    uint32_t *used, uint32_t *wrong);
 /* An address that was right once, before the file was cut off? */
 static inline bool check_is_plausible(const struct qcow2_check *c, uint64_t offset)
 {

@@ -133,24 +133,19 @@ static int fix_l1_entry_co(struct fix *f, uint64_t *entry, const char *which, ui
 	return 0;
 }
 
-void check_judge_l1(const struct qcow2_check *c, const uint64_t *l1, uint32_t entries,
-                    uint32_t *used, uint32_t *wrong)
-{
-	*used = *wrong = 0;
-	for (uint32_t i = 0; i < entries; i++) {
-		*used += l1[i] != 0;
-		*wrong += l1[i] && (!check_is_plausible(c, l1[i] & QCOW2_OFFSET_MASK) ||
-		                    (l1[i] & L1_RESERVED));
-	}
-}
-
 /* An L1 table most of whose entries are wrong is not one: the header points somewhere else, and
  * dropping its entries would lose everything. */
 static bool l1_is_wrong(const struct qcow2_check *c)
 {
-	uint32_t used, wrong;
+	uint32_t used = 0, wrong = 0;
 
-	check_judge_l1(c, c->l1, c->l1_entries, &used, &wrong);
+	for (uint32_t i = 0; i < c->l1_entries; i++) {
+		uint64_t raw = c->l1[i];
+
+		used += raw != 0;
+		wrong += raw &&
+		         (!check_is_plausible(c, raw & QCOW2_OFFSET_MASK) || (raw & L1_RESERVED));
+	}
 	return check_table_is_doubtful(used, wrong);
 }
 
@@ -185,14 +180,36 @@ static int fix_l1_co(struct fix *f, uint64_t *l1, uint32_t entries, uint64_t off
 	return rc;
 }
 
-/* The snapshot table says that there is an L1 table, something else uses the clusters too, and they
- * do not look like an L1 table: the snapshot goes, what else is there stays. */
-static bool is_false_snapshot(const struct qcow2_check *c, const struct check_snapshot *s)
+/* The snapshot table says that there is an L1 table, and something else uses the clusters too.  If
+ * it does not lead to L2 tables, the snapshot goes; what else is there stays in any case. */
+static int judge_snapshot_co(struct fix *f, struct check_snapshot *s, const uint64_t *l1)
+{
+	struct qcow2_check *c = f->c;
+	bool is = false;
+	int rc = 0;
+
+	for (uint32_t i = 0; i < s->l1_entries && rc == 0; i++) {
+		if (!l1[i])
+			continue;
+		is = false;
+		if (check_l1_entry_valid(c, l1[i]) && !(l1[i] & L1_RESERVED))
+			rc = is_table_co(f, l1[i] & QCOW2_OFFSET_MASK, UINT32_MAX, &is);
+		if (!is)
+			break;
+	}
+	if (rc == 0 && !is) {
+		s->usable = false;
+		c->snapshots_damaged = true;
+	}
+	return rc;
+}
+
+static bool is_shared(const struct qcow2_check *c, const struct check_snapshot *s)
 {
 	uint64_t first = check_cluster(c, s->l1_offset);
 	uint64_t count = ((uint64_t)s->l1_entries * 8 + c->cluster_size - 1) >> c->cluster_bits;
 
-	for (uint64_t i = first; !s->sure && i < first + count; i++) {
+	for (uint64_t i = first; i < first + count; i++) {
 		if (check_map_get(&c->counted, i) > 1)
 			return true;
 	}
@@ -209,15 +226,13 @@ static int fix_all_l1_co(struct fix *f)
 		struct check_snapshot *s = &c->snapshots[i];
 		OX_FREE uint64_t *l1 = NULL;
 
-		if (s->usable && is_false_snapshot(c, s)) {
-			s->usable = false;
-			c->snapshots_damaged = true;
-		}
 		if (!s->usable)
 			continue;
 		rc = check_read_table_co(c, s->l1_offset, s->l1_entries, &l1);
 		snprintf(which, sizeof(which), "snapshot %u's ", i + 1);
-		if (rc == 0)
+		if (rc == 0 && is_shared(c, s))
+			rc = judge_snapshot_co(f, s, l1);
+		else if (rc == 0)
 			rc = fix_l1_co(f, l1, s->l1_entries, s->l1_offset, which);
 	}
 	return rc;

@@ -226,7 +226,11 @@ static int set_block_co(struct qcow2_check *c, uint64_t index, uint8_t *block)
 		        ox_min((uint64_t)check_map_get(&c->counted, first + i), c->refcount_max);
 		uint64_t have = qcow2_refcount_get(block, c->refcount_bits, i);
 
-		if (have < want ? c->out->fix_errors : have > want && c->out->fix_leaks) {
+		/* A cluster that is not shared any more must have its flag in the table, which is
+		 * not changed as long as refcounts may be wrong. */
+		bool lower = c->out->fix_leaks && (want != 1 || !c->leaks_only);
+
+		if (have < want ? c->out->fix_errors : have > want && lower) {
 			qcow2_refcount_set(block, c->refcount_bits, i, want);
 			changed = true;
 		}
@@ -410,6 +414,12 @@ int check_repair_co(struct qcow2_check *c)
 	int rc;
 
 	c->free_from = c->end;
+	c->leaks_only = damaged && !out->fix_errors;
+	if (c->leaks_only && (c->snapshots_damaged || c->bitmaps_damaged)) {
+		check_say(c, "Leaks stay: they may belong to what is damaged (-r all repairs "
+		             "that)");
+		return 0;
+	}
 	if (damaged && out->fix_errors && !(incompatible & QCOW2_INCOMPAT_DIRTY))
 		incompatible |= QCOW2_INCOMPAT_CORRUPT;
 	rc = check_mark_co(c, incompatible);

@@ -140,12 +140,20 @@ static bool parse_bitmap(const struct qcow2_check *c, uint64_t at, struct check_
 static bool bitmap_sane(const struct qcow2_check *c, const struct check_bitmap *b)
 {
 	const uint8_t *p = c->bitmap_directory + b->at;
+	uint32_t flags = ox_get_be32(p + 12);
 	unsigned granularity_bits = p[17], name_bytes = ox_get_be16(p + 18);
+	uint64_t bytes = (uint64_t)b->table_entries * 8, needed;
 
-	return p[16] == 1 && granularity_bits >= 9 && granularity_bits <= 31 && name_bytes > 0 &&
-	       name_bytes <= 1023 && b->table_entries > 0 && b->table_entries <= BITMAP_TABLE_MAX &&
-	       b->table_offset && check_is_aligned(c, b->table_offset) &&
-	       check_region_in_file(c, b->table_offset, (uint64_t)b->table_entries * 8);
+	if (p[16] != 1 || (flags & ~7u) || granularity_bits < 9 || granularity_bits > 31 ||
+	    name_bytes == 0 || name_bytes > 1023 || memchr(p + BITMAP_FIXED, 0, name_bytes))
+		return false;
+	if (!b->table_entries || b->table_entries > BITMAP_TABLE_MAX || !b->table_offset ||
+	    !check_is_aligned(c, b->table_offset) ||
+	    !check_region_in_file(c, b->table_offset, bytes))
+		return false;
+	/* A bit for each piece of the disk; one in use may still have another size. */
+	needed = c->q->header.size >> granularity_bits >> (c->cluster_bits + 3);
+	return (flags & 1) || b->table_entries >= needed;
 }
 
 int check_load_bitmaps_co(struct qcow2_check *c)

@@ -32,7 +32,8 @@ void check_parse_entry(const struct qcow2_check *c, uint64_t raw, uint64_t bitma
 		e->copied_compressed = e->copied;
 		e->impossible = c->data_file;
 		e->bad_bitmap = bitmap != 0;
-		e->outside = !check_region_in_file(c, e->offset, e->bytes);
+		/* The bytes that matter end in the last cluster that the file has. */
+		e->outside = check_cluster(c, e->offset + e->bytes - 1) >= c->clusters;
 		return;
 	}
 	e->reserved_bits = raw & (c->has_zero_flag ? L2_RESERVED : L2_RESERVED | 1);
@@ -202,7 +203,7 @@ static int count_compressed(struct tally *t, const struct check_entry *e)
 		check_corrupt(c, t->times, "ERROR compressed cluster with %s, entry=0x%llx",
 		              e->impossible ? "data file" : "non-zero subcluster allocation bitmap",
 		              (unsigned long long)e->raw);
-	if (e->impossible || (e->bad_bitmap && !c->careful))
+	if (e->impossible || (c->careful ? e->outside : e->bad_bitmap))
 		return 0;
 	rc = count_bytes(t, e->offset, e->bytes);
 	if (rc == 0 && !e->outside)
@@ -516,8 +517,7 @@ int check_count_tables_co(struct qcow2_check *c)
 		                        true);
 	for (uint32_t i = 0; i < c->snapshot_count && rc == 0; i++)
 		rc = check_count_region(c, c->snapshots[i].l1_offset,
-		                        (uint64_t)c->snapshots[i].l1_entries * 8,
-		                        c->snapshots[i].usable && c->snapshots[i].sure);
+		                        (uint64_t)c->snapshots[i].l1_entries * 8, false);
 	/* All L1 entries come before all L2 tables: what is a table must be known when data are
 	 * looked at. */
 	if (rc == 0)
@@ -574,9 +574,8 @@ int check_load_l1_co(struct qcow2_check *c)
 			return -ENOMEM;
 	}
 	for (uint32_t i = 0; i < c->snapshot_count; i++) {
-		struct check_snapshot *s = &c->snapshots[i];
+		const struct check_snapshot *s = &c->snapshots[i];
 		OX_FREE uint64_t *l1 = NULL;
-		uint32_t used, wrong;
 
 		if (!s->usable)
 			continue;
@@ -585,8 +584,6 @@ int check_load_l1_co(struct qcow2_check *c)
 			return rc;
 		if (rc < 0)
 			continue; /* said when it is counted */
-		check_judge_l1(c, l1, s->l1_entries, &used, &wrong);
-		s->sure = used && wrong <= used / 2;
 		for (uint32_t k = 0; k < s->l1_entries; k++) {
 			if (k >= c->l1_entries ||
 			    (l1[k] & ~QCOW2_ENTRY_COPIED) != (c->l1[k] & ~QCOW2_ENTRY_COPIED))
