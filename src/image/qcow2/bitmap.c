@@ -162,7 +162,7 @@ int qcow2_read_bitmaps_co(struct ox_image_channel *channel, struct ox_error *err
 		                    strerror(-rc));
 	rc = qcow2_bitmaps_parse(data, h->bitmap_directory_bytes, h->bitmap_count, what,
 	                         &q->bitmaps, err);
-	for (uint32_t i = 0; rc == 0 && i < h->bitmap_count; i++) {
+	for (uint32_t i = 0; rc == 0 && q->bitmaps && i < h->bitmap_count; i++) {
 		const struct qcow2_bitmap *b = &q->bitmaps[i];
 
 		if (!ox_is_aligned(b->table_offset, q->cluster_size) ||

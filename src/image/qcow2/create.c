@@ -213,7 +213,8 @@ static void fill_luks(const struct maker *m, uint64_t index, uint8_t *out)
 	uint64_t at = index * p->cluster;
 	uint64_t bytes = ox_min(p->luks_bytes - at, (uint64_t)p->cluster);
 
-	memcpy(out, m->luks + at, bytes);
+	if (m->luks)
+		memcpy(out, m->luks + at, bytes);
 	memset(out + bytes, 0, p->cluster - bytes);
 }
 
@@ -292,7 +293,7 @@ static int write_tables_co(struct maker *m)
 
 	if (rc == 0)
 		rc = write_run_co(m, p->blocks, p->block_count, fill_block);
-	if (rc == 0)
+	if (rc == 0 && m->luks)
 		rc = write_run_co(m, p->luks, p->luks_count, fill_luks);
 	/* A file that is new is zero there. */
 	if (rc == 0 && (p->table_count || m->options->keep_content))

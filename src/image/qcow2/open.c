@@ -141,6 +141,7 @@ int qcow2_corrupt_co(struct ox_image_channel *channel, const char *fmt, ...)
 	if (__atomic_exchange_n(&q->corrupt, true, __ATOMIC_ACQ_REL))
 		return -EIO;
 	va_start(args, fmt);
+	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized) */
 	vsnprintf(text, sizeof(text), fmt, args);
 	va_end(args);
 	mark = q->header.version >= 3 && !image->read_only &&

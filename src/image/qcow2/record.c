@@ -424,7 +424,7 @@ int qcow2_record_adopt_co(struct ox_image_channel *channel, struct ox_error *err
 		return 0;
 	/* Whoever does not write need not understand it. */
 	rc = read_file(q, path, &file, writer ? err : &found);
-	if (rc <= 0)
+	if (rc <= 0 || !file)
 		return writer ? rc : 0;
 	if (file->half[0].count || file->half[1].count)
 		rc = adopt_co(channel, file, path, writer, err);

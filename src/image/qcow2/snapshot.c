@@ -209,7 +209,7 @@ int qcow2_read_snapshots_co(struct ox_image_channel *channel, struct ox_error *e
 	rc = qcow2_snapshots_parse(table, bytes, q->header.snapshot_count, q->cluster_size, what,
 	                           &q->snapshots, &used, err);
 	free(table);
-	for (uint32_t i = 0; rc == 0 && i < q->header.snapshot_count; i++) {
+	for (uint32_t i = 0; rc == 0 && q->snapshots && i < q->header.snapshot_count; i++) {
 		struct qcow2_snapshot *s = &q->snapshots[i];
 
 		if (s->disk_size == UINT64_MAX)

@@ -273,8 +273,9 @@ static int move_co(struct ox_image_channel *channel, const struct job *job, uint
 			return rc;
 		for (uint64_t i = 0; job->what == EXPECT && i < n; i++) {
 			if (buffer[i] != job->byte) {
-				printf("# 0x%02x at %llu\n", buffer[i],
-				       (unsigned long long)(job->offset + at + i));
+				uint64_t where = job->offset + at + i;
+
+				printf("# 0x%02x at %llu\n", buffer[i], (unsigned long long)where);
 				return -EILSEQ;
 			}
 		}

@@ -482,7 +482,7 @@ static void test_another_birth(void **state)
 static void test_without_record(void **state)
 {
 	const char *run = getenv("OXBOW_RUN_DIR");
-	OX_FREE char *saved = strdup(run);
+	OX_FREE char *saved = ox_xstrdup(run ? run : "");
 	struct ox_error err;
 	struct world w;
 
