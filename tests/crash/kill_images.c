@@ -74,7 +74,7 @@ static const struct scenario *scenario;
 static struct ox_secrets *secrets;
 static uint32_t first_id[SECTORS], below_id[SECTORS];
 static int shared_fd = -1;
-static char dir[] = "/tmp/ox-kill-XXXXXX", file[64], base[64], data_file[64];
+static char dir[64], file[96], base[96], data_file[96];
 
 static __attribute__((format(printf, 1, 2), noreturn)) void bail(const char *fmt, ...)
 {
@@ -455,7 +455,7 @@ static void make_dir(void)
 	OX_FREE char *run = NULL, *phrase = NULL;
 	int fd;
 
-	if (!mkdtemp(dir))
+	if (!kit_make_dir(dir, sizeof(dir), "kill"))
 		bail("%s: %s", dir, strerror(errno));
 	run = ox_xasprintf("%s/run", dir);
 	phrase = ox_xasprintf("%s/phrase", dir);

@@ -78,7 +78,7 @@ static struct cut {
 	const struct scenario *scenario;
 	struct kit kit;
 	struct ox_store *store; /* the faulty one */
-	char file[64], base[64];
+	char file[96], base[96];
 	uint8_t *initial; /* the file before the workload */
 	uint64_t initial_bytes;
 	uint32_t first_id[SECTORS], below_id[SECTORS];
@@ -91,7 +91,7 @@ static struct cut {
 	uint64_t state_bytes, state_room;
 } cut;
 
-static char dir[] = "/tmp/ox-powercut-XXXXXX";
+static char dir[64];
 
 static __attribute__((format(printf, 1, 2), noreturn)) void bail(const char *fmt, ...)
 {
@@ -107,7 +107,7 @@ static __attribute__((format(printf, 1, 2), noreturn)) void bail(const char *fmt
 
 static const char *in_dir(const char *name)
 {
-	static char path[2][64];
+	static char path[2][96];
 	static unsigned turn;
 
 	turn ^= 1;
@@ -686,7 +686,7 @@ int main(int argc, char **argv)
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	setenv("OXBOW_LOG", "error", 0);
-	if (!mkdtemp(dir) || mkdir(in_dir("run"), 0700) < 0)
+	if (!kit_make_dir(dir, sizeof(dir), "powercut") || mkdir(in_dir("run"), 0700) < 0)
 		bail("%s: %s", dir, strerror(errno));
 	setenv("OXBOW_RUN_DIR", in_dir("run"), 1);
 	snprintf(cut.file, sizeof(cut.file), "%s/disk", dir);

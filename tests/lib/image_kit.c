@@ -220,6 +220,17 @@ uint64_t kit_random(uint64_t *seed, uint64_t below)
 	return (*seed >> 11) % below;
 }
 
+bool kit_make_dir(char *path, size_t size, const char *name)
+{
+	const char *given = getenv("OXBOW_TEST_DIR");
+
+	if (!given)
+		given = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+	if (snprintf(path, size, "%s/ox-%s-XXXXXX", given, name) >= (int)size)
+		return false;
+	return mkdtemp(path) != NULL;
+}
+
 int kit_spawn(const char *const *argv, char *output, size_t size)
 {
 	char name[] = "/tmp/ox-kit-XXXXXX";

@@ -44,6 +44,10 @@ int kit_request_co(struct ox_image_channel *channel, enum ox_io_op op, uint64_t 
 /* xorshift; *seed is not 0.  [0, below). */
 uint64_t kit_random(uint64_t *seed, uint64_t below);
 
+/* Makes a new folder for a test's files, in memory where that is possible: what is tested does not
+ * depend on a device, and its syncs take no time.  OXBOW_TEST_DIR says where else. */
+bool kit_make_dir(char *path, size_t size, const char *name);
+
 /* Runs a program with stdout and stderr to a file; its exit status, or -1.  argv ends with NULL.
  * What it said is left in `output` (at most size - 1 bytes), which may be NULL. */
 int kit_spawn(const char *const *argv, char *output, size_t size);

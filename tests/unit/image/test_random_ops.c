@@ -467,11 +467,11 @@ static void play_round(uint64_t *seed, unsigned operations)
 
 /* --- a scenario ------------------------------------------------------------------------------ */
 
-static char dir[] = "/tmp/ox-random-XXXXXX";
+static char dir[64];
 
 static const char *in_dir(const char *name)
 {
-	static char path[64];
+	static char path[96];
 
 	snprintf(path, sizeof(path), "%s/%s", dir, name);
 	return path;
@@ -700,7 +700,7 @@ int main(void)
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	setenv("OXBOW_LOG", "error", 0);
-	if (!mkdtemp(dir) || mkdir(in_dir("run"), 0700) < 0 ||
+	if (!kit_make_dir(dir, sizeof(dir), "random") || mkdir(in_dir("run"), 0700) < 0 ||
 	    setenv("OXBOW_RUN_DIR", in_dir("run"), 1) < 0 ||
 	    !write_raw(in_dir("phrase"), (const uint8_t *)"open sesame", 11)) {
 		printf("Bail out! %s: %s\n", dir, strerror(errno));
