@@ -37,8 +37,10 @@ static size_t directory_length(const char *path)
 /* The path alone, without the stores that wrap it. */
 static const char *bare_path(const char *path)
 {
-	while (strncmp(path, "faulty:", 7) == 0 && strchr(path + 7, ':'))
-		path = strchr(path + 7, ':') + 1;
+	const char *colon;
+
+	while (strncmp(path, "faulty:", 7) == 0 && (colon = strchr(path + 7, ':')))
+		path = colon + 1;
 	return strncmp(path, "file:", 5) == 0 ? path + 5 : path;
 }
 

@@ -101,9 +101,11 @@ static int map_chain_co(struct ox_image_channel *channel, struct ox_map_entry *e
 		entry->length = extent.length;
 		if (extent.kind != OX_EXTENT_BACKING)
 			return describe_co(channel->image, &extent, entry);
-		if (!channel->backing && channel->image->backing_file)
-			return -EIO; /* named and not opened */
-		size = channel->backing ? ox_image_size_now(channel->backing->image) : 0;
+		if (!channel->backing)
+			return channel->image->backing_file
+			               ? -EIO /* named and not opened */
+			               : describe_co(channel->image, &extent, entry);
+		size = ox_image_size_now(channel->backing->image);
 		if (entry->offset >= size)
 			return describe_co(channel->image, &extent, entry);
 		entry->length = ox_min(entry->length, size - entry->offset);
