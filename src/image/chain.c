@@ -12,7 +12,7 @@
  * to an allowed directory already, and could put the file's content there.
  */
 #include "image/generic.h"
-#include <ctype.h>
+#include <assert.h>
 #include <errno.h>
 #include <libgen.h>
 #include <limits.h>
@@ -198,7 +198,10 @@ static int named_path(const struct ox_image_link *self, const char *name, char *
 	int rc;
 
 	rc = ox_image_allowed_name(&image->options.allow, image->store->path, name, path, err);
-	return rc < 0 ? rc : check_loop(self, *path, err);
+	if (rc < 0)
+		return rc;
+	assert(*path);
+	return check_loop(self, *path, err);
 }
 
 static int open_data_file(struct ox_image *image, const struct ox_image_link *self,
