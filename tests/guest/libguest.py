@@ -16,6 +16,7 @@ proves to start under it and TCG elsewhere.  Commands run in it through a virtio
 import base64
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -85,6 +86,21 @@ def wait_for(condition, what, timeout=PATIENCE, step=0.02):
         time.sleep(step)
 
 
+def host(*argv):
+    """Runs a program on the host; what it said.  GuestError when it fails."""
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors='replace', check=False)
+    if done.returncode:
+        raise GuestError(f"`{' '.join(argv)}` ended with status {done.returncode}:\n"
+                         f'{done.stdout[-2000:]}')
+    return done.stdout
+
+
+def sbin(name):
+    """A program for administrators, wherever it is."""
+    return shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin') or name
+
+
 class Workspace:
     """A folder for one test: images below the build folder (O_DIRECT must work there), sockets
     in a short path.  Everything add()ed is stopped at the end, last first."""
@@ -144,10 +160,46 @@ class Workspace:
             file.truncate(parse_size(size))
         return path
 
+    def create(self, name, size=None, fmt='qcow2', options=()):
+        """An image as `oxbow create` makes it."""
+        path = os.path.join(self.folder, name)
+        host(OXBOW, 'create', '-q', '-f', fmt, *options, path, *([size] if size else []))
+        return path
+
+    def raw(self, image, fmt='qcow2', secret=None):
+        """What QEMU reads from an image, as a raw file: for looking into it, then remove it.
+        `secret`: what QEMU needs in place of a format to open an encrypted one."""
+        path = image + '.content'
+        host('qemu-img', 'convert', '-O', 'raw', *(secret or ['-f', fmt, image]), path)
+        return path
+
 
 def parse_size(text):
     match = re.fullmatch(r'(\d+)([KMG]?)', str(text))
     return int(match.group(1)) << {'': 0, 'K': 10, 'M': 20, 'G': 30}[match.group(2)]
+
+
+# --- images on the host -----------------------------------------------------------------------
+
+def check_image(path, fmt='qcow2', secret=None):
+    """After a clean stop neither QEMU nor Oxbow finds errors or leaked clusters; GuestError with
+    what they found.  `secret`: as for Workspace.raw()."""
+    host('qemu-img', 'check', *(secret or ['-f', fmt, path]))
+    host(OXBOW, 'check', '-f', fmt, path)
+
+
+def size_on_host(path):
+    """What a file takes of its file system, in bytes."""
+    return os.stat(path).st_blocks * 512
+
+
+def digest_of_file(path):
+    """As md5sum has it: an emulated guest is quickest at that."""
+    digest = hashlib.md5()
+    with open(path, 'rb') as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 # --- QMP ------------------------------------------------------------------------------------
@@ -253,7 +305,8 @@ class Server:
 
     def launch(self):
         with open(self.log, 'ab') as log:
-            self.process = spawn(self.argv(), stdout=log, stderr=log)
+            self.process = spawn(self.argv(), stdout=log, stderr=log,
+                                 env={**os.environ, 'OXBOW_LOG': 'info'})
 
     def is_ready(self):
         raise NotImplementedError
@@ -320,6 +373,12 @@ class OxbowServer(Server):
 
     def qmp(self):
         return Qmp(self.control)
+
+    def taken_over(self):
+        """Of every start that found what a killed process had not written to the image: how many
+        changes of the map it took over."""
+        with open(self.log, encoding='utf-8', errors='replace') as log:
+            return [int(number) for number in re.findall(r'took over (\d+) changes', log.read())]
 
 
 class StorageDaemon(Server):
@@ -405,10 +464,10 @@ class VhostDisk:
 
 
 class QemuDisk:
-    """A raw file on QEMU's own virtio-blk, as its documentation advises for speed."""
+    """An image on QEMU's own virtio-blk, as its documentation advises for speed."""
 
-    def __init__(self, path, aio='io_uring', queues=None):
-        self.path, self.aio, self.queues = path, aio, queues
+    def __init__(self, path, aio='io_uring', queues=None, fmt='raw'):
+        self.path, self.aio, self.queues, self.fmt = path, aio, queues, fmt
 
     def arguments(self, number):
         device = f'virtio-blk-pci,id=disk{number},drive=node{number},iothread=thread{number}'
@@ -417,7 +476,7 @@ class QemuDisk:
         return ['-object', f'iothread,id=thread{number}',
                 '-blockdev', f'driver=file,filename={self.path},node-name=file{number},'
                 f'cache.direct=on,aio={self.aio},discard=unmap',
-                '-blockdev', f'driver=raw,file=file{number},node-name=node{number},discard=unmap',
+                '-blockdev', f'driver={self.fmt},file=file{number},node-name=node{number},discard=unmap',
                 '-device', device]
 
 
