@@ -39,8 +39,9 @@ struct ox_disk_options {
 	unsigned loop_count;
 	struct ox_opener *opener;
 	uint64_t lock_timeout_ns; /* default 10 s */
-	/* The image's chain; what these point to outlives the disk.  `allow_dirs`: where backing and
-	 * data files may lie besides the image's own directory; NULL-terminated, may be NULL. */
+	/* The image's chain; what these point to outlives the disk.  `allow_dirs`: where backing
+	 * and data files may lie besides the image's own directory; NULL-terminated, may be NULL.
+	 */
 	const char *const *allow_dirs;
 	uint64_t metadata_cache; /* bytes, 0: OX_METADATA_CACHE */
 	bool discard_no_unref;   /* a discarded cluster keeps its place in the file */

@@ -77,7 +77,7 @@ int ox_luks_format(const struct ox_luks_create *options, const uint8_t *phrase, 
 struct ox_image_create_options;
 struct json_t;
 /* The words encrypt.* (prefix "encrypt."; encrypt.format must be luks) or those of -f luks (prefix
- * ""), with QEMU's defaults and checked.  The strings are `options`' own or constant.  `key_secret`:
+ * ""), with QEMU's defaults and checked.  The strings are `options`' own or constant. `key_secret`:
  * the secret's id. */
 int ox_luks_create_options(const struct ox_image_create_options *options, const char *prefix,
                            struct ox_luks_create *out, const char **key_secret,

@@ -109,8 +109,8 @@ struct ox_format_ops {
 	/* Optional.  Everything that completed before the call, data and map, is durable when this
 	 * answers 0.  Any channel. */
 	int (*commit_co)(struct ox_image_channel *channel);
-	/* Optional.  ox_image_finish_co()'s part: for images that are not read-only, also if nothing
-	 * was begun. */
+	/* Optional.  ox_image_finish_co()'s part: for images that are not read-only, also if
+	 * nothing was begun. */
 	int (*finish_co)(struct ox_image_channel *channel);
 
 	/* Required for COMPRESSED.  Pure.  `in`: the store's bytes; unpacks exactly `out_bytes`.
