@@ -490,8 +490,8 @@ static int refill_co(struct ox_image_channel *channel)
 		undo_co(channel, &tables);
 		undo_co(channel, &data);
 	}
-	if (qcow2_parts_trim_co(channel) < 0)
-		return rc; /* whatever is wrong, whoever needs it hears of it */
+	/* Whatever is wrong with it, whoever needs it hears of it. */
+	(void)!qcow2_parts_trim_co(channel);
 	return rc;
 }
 
@@ -694,33 +694,78 @@ static int find_end_co(struct ox_image_channel *channel, uint64_t *end)
 	return 0;
 }
 
-/* Gate held. */
-static int give_back_co(struct ox_image_channel *channel, uint64_t *end)
+/* The reserve is free space again. */
+static int give_back_co(struct ox_image_channel *channel)
 {
 	struct qcow2_space_list list = TAILQ_HEAD_INITIALIZER(list);
 	struct qcow2 *q = qcow2_of(channel);
 	struct qcow2_allocator *a = q->alloc;
-	int rc = 0, result = 0;
+	struct ox_range range;
+	int rc = 0;
 
+	qcow2_gate_enter_co(a, &range, channel);
 	/* Structures that a failed batch left half shown. */
 	if (a->old_table_clusters || a->table_first < a->table_end)
-		result = qcow2_settle_co(channel);
+		rc = qcow2_settle_co(channel);
 	pthread_mutex_lock(&q->lock);
 	collect_reserve(a, &list);
 	pthread_mutex_unlock(&q->lock);
 	undo_co(channel, &list);
+	qcow2_gate_leave(a, &range);
+	return rc;
+}
+
+/* All notes are released.  What the leak scan found, or was held up by it, is behind the last
+ * commit. */
+static int release_rest_co(struct ox_image_channel *channel)
+{
+	struct qcow2 *q = qcow2_of(channel);
+	struct qcow2_allocator *a = q->alloc;
+	uint64_t noted;
+	bool wait;
+	int rc = 0;
+
+	pthread_mutex_lock(&q->lock);
+	noted = a->notes_tail;
+	wait = a->notes_ready < noted;
+	pthread_mutex_unlock(&q->lock);
+	if (wait)
+		rc = qcow2_commit_co(channel);
+	if (rc < 0)
+		return rc;
+	pthread_mutex_lock(&q->lock);
+	a->notes_ready = ox_max(a->notes_ready, noted);
+	pthread_mutex_unlock(&q->lock);
+	return qcow2_release_co(channel, noted);
+}
+
+/* The next change begins anew, whatever others do to the file meanwhile. */
+static int forget_frontier_co(struct ox_image_channel *channel, uint64_t *end)
+{
+	struct qcow2 *q = qcow2_of(channel);
+	struct qcow2_allocator *a = q->alloc;
+	struct ox_range range;
+	int rc, trimmed;
+
+	qcow2_gate_enter_co(a, &range, channel);
 	rc = find_end_co(channel, end);
-	result = result < 0 ? result : rc;
-	rc = qcow2_parts_trim_co(channel);
-	return result < 0 ? result : rc;
+	trimmed = qcow2_parts_trim_co(channel);
+	pthread_mutex_lock(&q->lock);
+	a->begun = false;
+	a->last_refill_ns = 0;
+	a->data_batch = 0;
+	a->tables_batch = FIRST_TABLES;
+	a->failed = 0;
+	pthread_mutex_unlock(&q->lock);
+	qcow2_gate_leave(a, &range);
+	return rc < 0 ? rc : trimmed;
 }
 
 int qcow2_alloc_finish_co(struct ox_image_channel *channel, uint64_t *end)
 {
-	struct ox_range range, background = {.end = 1, .exclusive = true, .loop = channel->loop};
+	struct ox_range background = {.end = 1, .exclusive = true, .loop = channel->loop};
 	struct qcow2 *q = qcow2_of(channel);
 	struct qcow2_allocator *a = q->alloc;
-	uint64_t noted;
 	int rc = 0;
 
 	pthread_mutex_lock(&q->lock);
@@ -729,35 +774,15 @@ int qcow2_alloc_finish_co(struct ox_image_channel *channel, uint64_t *end)
 	ox_range_acquire_co(&a->background, &background);
 	/* Not before: the background makes the file longer. */
 	*end = __atomic_load_n(&q->image->store->size, __ATOMIC_RELAXED);
-	/* What the leak scan found, or was held up by it, is behind the last commit. */
-	pthread_mutex_lock(&q->lock);
-	noted = a->notes_tail;
-	rc = a->notes_ready < noted;
-	pthread_mutex_unlock(&q->lock);
-	if (rc) {
-		rc = qcow2_commit_co(channel);
-		pthread_mutex_lock(&q->lock);
+	if (a->begun) {
+		rc = give_back_co(channel);
 		if (rc == 0)
-			a->notes_ready = ox_max(a->notes_ready, noted);
-		pthread_mutex_unlock(&q->lock);
+			qcow2_leak_finish_co(channel);
 	}
 	if (rc == 0)
-		rc = qcow2_release_co(channel, noted);
-	if (a->begun) {
-		int gave;
-
-		qcow2_gate_enter_co(a, &range, channel);
-		gave = give_back_co(channel, end);
-		rc = rc < 0 ? rc : gave;
-		pthread_mutex_lock(&q->lock);
-		a->begun = false;
-		a->last_refill_ns = 0;
-		a->data_batch = 0;
-		a->tables_batch = FIRST_TABLES;
-		a->failed = 0;
-		pthread_mutex_unlock(&q->lock);
-		qcow2_gate_leave(a, &range);
-	}
+		rc = release_rest_co(channel);
+	if (rc == 0 && a->begun)
+		rc = forget_frontier_co(channel, end);
 	pthread_mutex_lock(&q->lock);
 	a->finishing = false;
 	pthread_mutex_unlock(&q->lock);

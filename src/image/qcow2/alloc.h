@@ -49,7 +49,6 @@ TAILQ_HEAD(qcow2_space_list, qcow2_space);
 struct qcow2_note {
 	uint64_t host, bytes;
 	uint64_t number; /* of commits that had begun */
-	bool leak;       /* nothing refers to it: the count becomes 0 whatever it is */
 };
 
 /* A channel's own slice of the reserve: channel->priv. */
@@ -122,6 +121,7 @@ struct qcow2_allocator {
 
 	/* The leak scan runs: free space stays untouched, notes stay where they are. */
 	bool leak_scan;
+	bool leak_unsure; /* another pass is needed when nothing changes any more */
 };
 
 #define QCOW2_FREE_RUNS_MAX 4096u
@@ -190,9 +190,14 @@ int qcow2_free_take_co(struct ox_image_channel *channel, uint64_t want,
                        struct qcow2_space_list *list, uint64_t *got) OX_MUST_CHECK;
 /* Gives back what is noted and durable, up to note `upto`.  Gate not held. */
 int qcow2_release_co(struct ox_image_channel *channel, uint64_t upto) OX_MUST_CHECK;
-void qcow2_note_free(struct qcow2 *q, uint64_t host, uint64_t bytes, bool leak);
+/* As qcow2_free_later().  Lock held. */
+void qcow2_note_free(struct qcow2 *q, uint64_t host, uint64_t bytes);
 /* The background's fiber. */
 void qcow2_release_fiber_co(struct ox_image_channel *channel, void *arg);
+
+/* leak.c: what the scan could not tell beside the guest's writes.  The reserve is given back,
+ * nothing is in flight. */
+void qcow2_leak_finish_co(struct ox_image_channel *channel);
 
 /* alloc.c: to a list, from a->spare or new; false: no memory.  Lock held. */
 bool qcow2_space_add(struct qcow2_allocator *a, struct qcow2_space_list *list, uint64_t first,

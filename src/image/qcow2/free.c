@@ -65,7 +65,7 @@ static bool grow_notes(struct qcow2_allocator *a)
 }
 
 /* The note before goes on here, at a cluster's border: no cluster would be counted twice. */
-static bool extend_note(const struct qcow2 *q, uint64_t host, uint64_t bytes, bool leak)
+static bool extend_note(const struct qcow2 *q, uint64_t host, uint64_t bytes)
 {
 	struct qcow2_allocator *a = q->alloc;
 	struct qcow2_note *last;
@@ -74,28 +74,28 @@ static bool extend_note(const struct qcow2 *q, uint64_t host, uint64_t bytes, bo
 		return false;
 	last = note_at(a, a->notes_tail - 1);
 	if (last->host + last->bytes != host || !ox_is_aligned(host, q->cluster_size) ||
-	    last->leak != leak || last->number != qcow2_commit_number(q))
+	    last->number != qcow2_commit_number(q))
 		return false;
 	last->bytes += bytes;
 	return true;
 }
 
-void qcow2_note_free(struct qcow2 *q, uint64_t host, uint64_t bytes, bool leak)
+void qcow2_note_free(struct qcow2 *q, uint64_t host, uint64_t bytes)
 {
 	struct qcow2_allocator *a = q->alloc;
 
-	if (bytes == 0 || extend_note(q, host, bytes, leak))
+	if (bytes == 0 || extend_note(q, host, bytes))
 		return;
 	/* Without memory the clusters stay counted, for the next check to find. */
 	if (a->notes_tail - a->notes_head == a->notes_room && !grow_notes(a))
 		return;
-	*note_at(a, a->notes_tail++) = (struct qcow2_note){
-	        .host = host, .bytes = bytes, .number = qcow2_commit_number(q), .leak = leak};
+	*note_at(a, a->notes_tail++) =
+	        (struct qcow2_note){.host = host, .bytes = bytes, .number = qcow2_commit_number(q)};
 }
 
 void qcow2_free_later(struct ox_image_channel *channel, uint64_t host, uint64_t bytes)
 {
-	qcow2_note_free(qcow2_of(channel), host, bytes, false);
+	qcow2_note_free(qcow2_of(channel), host, bytes);
 }
 
 void qcow2_freed_durable(struct ox_image_channel *channel, uint64_t number)
@@ -192,8 +192,7 @@ static void release_chunk_co(struct ox_image_channel *channel, struct release *r
 		uint64_t first = note->host >> q->cluster_bits;
 		uint64_t last = (note->host + note->bytes - 1) >> q->cluster_bits;
 
-		rc = qcow2_count_co(channel, first, last - first + 1,
-		                    note->leak ? QCOW2_COUNT_CLEAR : QCOW2_COUNT_DOWN, note_freed,
+		rc = qcow2_count_co(channel, first, last - first + 1, QCOW2_COUNT_DOWN, note_freed,
 		                    r);
 		if (rc == -EUCLEAN)
 			r->underflow = note->host + 1;

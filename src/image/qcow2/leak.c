@@ -1,23 +1,26 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * After an unclean end: what is counted in the file and referred to by nothing.
+ * After an unclean end: what is counted in the file more often than it is referred to.
  *
- * One pass over everything that may refer to a cluster (the active tables as memory has them, those
- * of snapshots, bitmaps, the refcount structures, the header's own pointers) marks it in a bitmap;
- * then what is counted and not marked is noted to be given back, like any cluster that the map lost
- * (free.c).  So it is used again only after a commit: a table in the file that memory has already
- * changed may still show it until then.
+ * One pass over everything that may refer to a cluster (the header's own pointers, the refcount
+ * structures, bitmaps, the tables of snapshots, the active tables as memory has them) counts the
+ * references; what the file counts beyond them is noted to be given back, like any cluster that the
+ * map lost (free.c).  So it is used again only after a commit: a table in the file that memory has
+ * already changed may still show it until then.
  *
- * It runs beside the guest's writes because the set it looks at does not change under it:
- *   - it looks only at clusters that were below the frontier when writing began, and until it ends
- * no free space there is given out: nothing new can come to refer to them;
- *   - what the map loses meanwhile is in the queue of notes, which is not worked off until it ends,
- *     and whose clusters are marked after everything else.
- * If anything cannot be read or makes no sense, nothing is given back at all: that is a check's
- * work.
+ * It runs beside the guest's writes:
+ *   - It looks only at clusters that were below the frontier when writing began, and until it ends
+ * no free space there is given out: nothing new can come to refer to them.
+ *   - What the map loses is in the queue of notes, which is not worked off until it ends.  A note
+ * made before the pass stands for a reference that the pass does not find, and counts like one. For
+ *     a note made during the pass nobody knows whether the pass found the reference: such a
+ *     cluster is left alone unless its count is right in any case, and another pass looks at it.
+ *     The last one is made when the image is finished, and nothing changes any more.
+ *   - If anything cannot be read or makes no sense, nothing is given back at all: that is a check's
+ *     work.  So are clusters that are counted too rarely.
  *
- * Memory: two bits a cluster of the file, 64 MiB at the most; a larger file is looked at in several
- * passes.  It reads one block at a time.
+ * Memory: 68 MiB at the most, 2.1 bytes a cluster; a file of more than 2^25 clusters (2 TiB with 64
+ * KiB clusters) is looked at in several passes.  It reads one block at a time, with pauses.
  */
 #include "image/qcow2/alloc.h"
 #include "base/byteorder.h"
@@ -26,45 +29,58 @@
 #include <oxbow/log.h>
 #include <string.h>
 
-#define WINDOW      (UINT64_C(1) << 28) /* clusters of one pass */
-#define PAUSE_BYTES (4u << 20)          /* read between pauses */
+#define WINDOW      (UINT64_C(1) << 25) /* clusters of one pass */
+#define COUNT_MAX   UINT16_MAX          /* so many or more: left alone */
+#define TABLES_MAX  (4u << 20)          /* L2 tables of all snapshots */
+#define EXCESS_MAX  4096u               /* given back of one cluster; more is a check's work */
+#define PASSES      3u
+#define PAUSE_BYTES (4u << 20) /* read between pauses */
 #define PAUSE_NS    UINT64_C(1000000)
 
 struct scan {
 	struct ox_image_channel *channel;
 	struct qcow2 *q;
+	uint64_t frontier;
 	uint64_t first, end; /* clusters of this pass */
-	uint64_t *marked;    /* a bit a cluster from `first` on */
-	uint64_t *tables;    /* the same: an L2 table of a snapshot that was read */
-	uint8_t *buffer;     /* block_bytes */
+	uint16_t *counts;    /* of references, from `first` on */
+	uint64_t *late;      /* a bit a cluster: may have been counted once too often */
+	/* L2 tables of all snapshots, sorted; as often as they are referred to. */
+	uint64_t *tables;
+	size_t table_count, table_room;
+	uint8_t *buffer; /* block_bytes */
 	size_t since_pause;
 	uint64_t leaks; /* clusters */
+	bool unsure;    /* some were left alone because of `late` */
 };
 
-/* --- marking ------------------------------------------------------------------------------- */
+/* --- counting ------------------------------------------------------------------------------- */
 
-static void mark(struct scan *s, uint64_t host, uint64_t bytes)
+/* The clusters of this pass that the bytes touch: [*first, *end). */
+static void clip(const struct scan *s, uint64_t host, uint64_t bytes, uint64_t *first,
+                 uint64_t *end)
 {
-	const struct qcow2 *q = s->q;
-	uint64_t first, last;
-
+	*first = *end = 0;
 	if (bytes == 0 || !ox_range_within(host, bytes, INT64_MAX))
 		return;
-	first = ox_max(host >> q->cluster_bits, s->first);
-	last = (host + bytes - 1) >> q->cluster_bits;
-	for (uint64_t i = first; i <= last && i < s->end; i++)
-		s->marked[(i - s->first) / 64] |= UINT64_C(1) << (i - s->first) % 64;
+	*first = ox_max(host >> s->q->cluster_bits, s->first);
+	*end = ox_min(((host + bytes - 1) >> s->q->cluster_bits) + 1, s->end);
 }
 
-static bool is_marked(const struct scan *s, const uint64_t *bits, uint64_t cluster)
+static void count(struct scan *s, uint64_t host, uint64_t bytes, size_t weight)
 {
-	return bits[(cluster - s->first) / 64] >> (cluster - s->first) % 64 & 1;
+	uint64_t first, end;
+
+	clip(s, host, bytes, &first, &end);
+	for (uint64_t i = first; i < end; i++) {
+		uint16_t *counter = &s->counts[i - s->first];
+
+		*counter = (uint16_t)ox_min(*counter + weight, (size_t)COUNT_MAX);
+	}
 }
 
 /* An L2 entry of whatever table. */
-static void mark_entry(void *arg, uint64_t cluster, uint64_t entry, uint64_t bitmap)
+static void count_entry(struct scan *s, uint64_t entry, size_t weight)
 {
-	struct scan *s = arg;
 	const struct qcow2 *q = s->q;
 	unsigned shift = 62 - (q->cluster_bits - 8);
 
@@ -72,10 +88,15 @@ static void mark_entry(void *arg, uint64_t cluster, uint64_t entry, uint64_t bit
 		uint64_t host = entry & ((UINT64_C(1) << shift) - 1);
 		uint64_t sectors = (entry & (QCOW2_ENTRY_COMPRESSED - 1)) >> shift;
 
-		mark(s, host, (sectors + 1) * 512 - host % 512);
+		count(s, host, (sectors + 1) * 512 - host % 512, weight);
 	} else if (!q->data_file && (entry & QCOW2_OFFSET_MASK)) {
-		mark(s, entry & QCOW2_OFFSET_MASK, q->cluster_size);
+		count(s, entry & QCOW2_OFFSET_MASK, q->cluster_size, weight);
 	}
+}
+
+static void count_walked(void *arg, uint64_t cluster, uint64_t entry, uint64_t bitmap)
+{
+	count_entry(arg, entry, 1);
 }
 
 static int read_block_co(struct scan *s, uint64_t offset, size_t bytes)
@@ -88,82 +109,120 @@ static int read_block_co(struct scan *s, uint64_t offset, size_t bytes)
 	return qcow2_read_co(s->channel, offset, s->buffer, bytes);
 }
 
-/* Calls fn for the `count` 8-byte words at the offset. */
-static int each_word_co(struct scan *s, uint64_t offset, uint64_t count,
-                        int (*fn_co)(struct scan *s, uint64_t word))
+/* Calls fn for the `words` 8-byte words at the offset that are not 0. */
+static int each_word_co(struct scan *s, uint64_t offset, uint64_t words,
+                        int (*fn)(struct scan *s, uint64_t word))
 {
-	OX_FREE uint64_t *words = malloc(s->q->block_bytes);
 	uint64_t file = __atomic_load_n(&s->q->image->store->size, __ATOMIC_RELAXED);
 
-	if (!words)
-		return -ENOMEM;
-	if (!ox_range_within(offset, count * 8, ox_align_up(file, s->q->cluster_size)))
+	if (!ox_range_within(offset, words * 8, ox_align_up(file, s->q->cluster_size)))
 		return -EUCLEAN;
-	while (count > 0) {
-		size_t here = (size_t)ox_min(count, (uint64_t)s->q->block_bytes / 8);
+	while (words > 0) {
+		size_t here = (size_t)ox_min(words, (uint64_t)s->q->block_bytes / 8);
 		int rc = read_block_co(s, offset, here * 8);
 
+		for (size_t i = 0; i < here && rc == 0; i++) {
+			uint64_t word = ox_get_be64(s->buffer + i * 8);
+
+			rc = word ? fn(s, word) : 0;
+		}
 		if (rc < 0)
 			return rc;
-		/* fn_co may read too. */
-		for (size_t i = 0; i < here; i++)
-			words[i] = ox_get_be64(s->buffer + i * 8);
-		for (size_t i = 0; i < here; i++) {
-			rc = words[i] ? fn_co(s, words[i]) : 0;
-			if (rc < 0)
-				return rc;
-		}
 		offset += here * 8;
-		count -= here;
+		words -= here;
 	}
 	return 0;
 }
 
-static int mark_bitmap_word_co(struct scan *s, uint64_t word)
+static int count_bitmap_word(struct scan *s, uint64_t word)
 {
 	if (word & QCOW2_OFFSET_MASK)
-		mark(s, word & QCOW2_OFFSET_MASK, s->q->cluster_size);
+		count(s, word & QCOW2_OFFSET_MASK, s->q->cluster_size, 1);
 	return 0;
 }
 
-static int read_table_co(struct scan *s, uint64_t table)
+static int count_bitmaps_co(struct scan *s)
 {
 	const struct qcow2 *q = s->q;
+	int rc = 0;
 
-	for (uint64_t at = 0; at < q->cluster_size; at += q->block_bytes) {
-		int rc = read_block_co(s, table + at, q->block_bytes);
+	count(s, q->header.bitmap_directory_offset, q->header.bitmap_directory_bytes, 1);
+	if (q->header.bitmap_count > 0 && !q->bitmaps)
+		return -EUCLEAN;
+	for (uint32_t i = 0; i < q->header.bitmap_count && rc == 0; i++) {
+		const struct qcow2_bitmap *bitmap = &q->bitmaps[i];
 
-		if (rc < 0)
-			return rc;
-		for (uint32_t i = 0; i < q->block_bytes; i += q->entry_bytes)
-			mark_entry(s, 0, ox_get_be64(s->buffer + i), 0);
+		count(s, bitmap->table_offset, (uint64_t)bitmap->table_entries * 8, 1);
+		rc = each_word_co(s, bitmap->table_offset, bitmap->table_entries,
+		                  count_bitmap_word);
 	}
-	return 0;
+	return rc;
 }
+
+/* The header's pointers, the refcount structures, L1 and the tables it names. */
+static int count_structures(struct scan *s)
+{
+	struct qcow2 *q = s->q;
+	const struct qcow2_allocator *a = q->alloc;
+	int rc = 0;
+
+	pthread_mutex_lock(&q->lock);
+	count(s, 0, q->cluster_size, 1);
+	count(s, q->header.l1_offset, (uint64_t)q->header.l1_entries * 8, 1);
+	count(s, q->header.luks_offset, q->header.luks_bytes, 1);
+	count(s, q->header.refcount_table_offset,
+	      (uint64_t)q->header.refcount_table_clusters << q->cluster_bits, 1);
+	for (uint32_t i = 0; i < a->table_entries; i++)
+		count(s, a->table[i], a->table[i] ? q->cluster_size : 0, 1);
+	for (uint32_t i = 0; i < q->l1_entries; i++) {
+		uint64_t table = qcow2_l1_get(q, i) & QCOW2_OFFSET_MASK;
+
+		if (q->l1_bad && q->l1_bad[i / 64] >> i % 64 & 1)
+			rc = -EUCLEAN;
+		count(s, table, table ? q->cluster_size : 0, 1);
+	}
+	pthread_mutex_unlock(&q->lock);
+	return rc;
+}
+
+/* --- snapshots ------------------------------------------------------------------------------ */
 
 /* An entry of a snapshot's L1. */
-static int mark_table_co(struct scan *s, uint64_t word)
+static int collect_table(struct scan *s, uint64_t word)
 {
 	const struct qcow2 *q = s->q;
-	uint64_t table = word & QCOW2_OFFSET_MASK, cluster = table >> q->cluster_bits;
+	uint64_t table = word & QCOW2_OFFSET_MASK;
 	uint64_t file = __atomic_load_n(&q->image->store->size, __ATOMIC_RELAXED);
 
 	if (table == 0)
 		return 0;
 	if (!ox_is_aligned(table, q->cluster_size) || table >= file)
 		return -EUCLEAN;
-	mark(s, table, q->cluster_size);
-	/* Snapshots share most of their tables: each is read once, but for those outside of this
-	 * pass. */
-	if (cluster >= s->first && cluster < s->end) {
-		if (is_marked(s, s->tables, cluster))
-			return 0;
-		s->tables[(cluster - s->first) / 64] |= UINT64_C(1) << (cluster - s->first) % 64;
+	if (s->table_count == s->table_room) {
+		size_t room = ox_max(s->table_room * 2, (size_t)1024);
+		uint64_t *more;
+
+		if (s->table_count == TABLES_MAX)
+			return -E2BIG;
+		more = realloc(s->tables, room * sizeof(*more));
+		if (!more)
+			return -ENOMEM;
+		s->tables = more;
+		s->table_room = room;
 	}
-	return read_table_co(s, table);
+	s->tables[s->table_count++] = table;
+	return 0;
 }
 
-static int mark_snapshots_co(struct scan *s)
+static int compare_words(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* Snapshots share most of their tables: each is read once, and counts as often as it is named. */
+static int collect_tables_co(struct scan *s)
 {
 	const struct qcow2 *q = s->q;
 	int rc = 0;
@@ -173,77 +232,110 @@ static int mark_snapshots_co(struct scan *s)
 	for (uint32_t i = 0; i < q->header.snapshot_count && rc == 0; i++) {
 		const struct qcow2_snapshot *snapshot = &q->snapshots[i];
 
-		mark(s, snapshot->l1_offset, (uint64_t)snapshot->l1_entries * 8);
-		mark(s, q->header.snapshots_offset,
-		     snapshot->entry_offset + 40 + snapshot->extra_bytes + strlen(snapshot->id) +
-		             strlen(snapshot->name));
 		if (snapshot->l1_entries)
 			rc = each_word_co(s, snapshot->l1_offset, snapshot->l1_entries,
-			                  mark_table_co);
+			                  collect_table);
 	}
+	if (s->table_count)
+		qsort(s->tables, s->table_count, sizeof(*s->tables), compare_words);
 	return rc;
 }
 
-static int mark_bitmaps_co(struct scan *s)
+static int count_table_co(struct scan *s, uint64_t table, size_t weight)
 {
 	const struct qcow2 *q = s->q;
-	int rc = 0;
 
-	mark(s, q->header.bitmap_directory_offset, q->header.bitmap_directory_bytes);
-	if (q->header.bitmap_count > 0 && !q->bitmaps)
-		return -EUCLEAN;
-	for (uint32_t i = 0; i < q->header.bitmap_count && rc == 0; i++) {
-		const struct qcow2_bitmap *bitmap = &q->bitmaps[i];
+	count(s, table, q->cluster_size, weight);
+	for (uint64_t at = 0; at < q->cluster_size; at += q->block_bytes) {
+		int rc = read_block_co(s, table + at, q->block_bytes);
 
-		mark(s, bitmap->table_offset, (uint64_t)bitmap->table_entries * 8);
-		rc = each_word_co(s, bitmap->table_offset, bitmap->table_entries,
-		                  mark_bitmap_word_co);
+		if (rc < 0)
+			return rc;
+		for (uint32_t i = 0; i < q->block_bytes; i += q->entry_bytes)
+			count_entry(s, ox_get_be64(s->buffer + i), weight);
 	}
-	return rc;
+	return 0;
 }
 
-/* The header's pointers, the refcount structures, L1 and the tables it names. */
-static int mark_structures(struct scan *s)
+static int count_snapshots_co(struct scan *s)
 {
-	struct qcow2 *q = s->q;
-	const struct qcow2_allocator *a = q->alloc;
+	const struct qcow2 *q = s->q;
+	uint64_t bytes = 0;
+	size_t same;
 	int rc = 0;
 
-	pthread_mutex_lock(&q->lock);
-	mark(s, 0, q->cluster_size);
-	mark(s, q->header.l1_offset, (uint64_t)q->header.l1_entries * 8);
-	mark(s, q->header.luks_offset, q->header.luks_bytes);
-	mark(s, q->header.snapshots_offset, q->header.snapshot_count ? 1 : 0);
-	mark(s, q->header.refcount_table_offset,
-	     (uint64_t)q->header.refcount_table_clusters << q->cluster_bits);
-	for (uint32_t i = 0; i < a->table_entries; i++)
-		mark(s, a->table[i], a->table[i] ? q->cluster_size : 0);
-	for (uint32_t i = 0; i < q->l1_entries; i++) {
-		uint64_t table = qcow2_l1_get(q, i) & QCOW2_OFFSET_MASK;
+	for (uint32_t i = 0; i < q->header.snapshot_count; i++) {
+		const struct qcow2_snapshot *snapshot = &q->snapshots[i];
 
-		if (q->l1_bad && q->l1_bad[i / 64] >> i % 64 & 1)
-			rc = -EUCLEAN;
-		mark(s, table, table ? q->cluster_size : 0);
+		count(s, snapshot->l1_offset, (uint64_t)snapshot->l1_entries * 8, 1);
+		bytes = snapshot->entry_offset + 40 + snapshot->extra_bytes + strlen(snapshot->id) +
+		        strlen(snapshot->name);
 	}
-	pthread_mutex_unlock(&q->lock);
+	count(s, q->header.snapshots_offset, bytes, 1);
+	for (size_t i = 0; i < s->table_count && rc == 0; i += same) {
+		same = 1;
+		while (i + same < s->table_count && s->tables[i + same] == s->tables[i])
+			same++;
+		rc = count_table_co(s, s->tables[i], same);
+	}
 	return rc;
 }
 
-/* What the map lost since it was walked, or before, and nobody has counted down yet.  Lock held. */
-static void mark_notes(struct scan *s)
+/* --- notes ---------------------------------------------------------------------------------- */
+
+static const struct qcow2_note *note_at(const struct qcow2_allocator *a, uint64_t number)
+{
+	return &a->notes[number & (a->notes_room - 1)];
+}
+
+/* References that the map has lost already; the number of notes.  Lock held. */
+static uint64_t count_notes(struct scan *s)
 {
 	const struct qcow2_allocator *a = s->q->alloc;
 
 	for (uint64_t i = a->notes_head; i < a->notes_tail; i++) {
-		const struct qcow2_note *note = &a->notes[i & (a->notes_room - 1)];
+		const struct qcow2_note *note = note_at(a, i);
 
-		mark(s, note->host, note->bytes);
+		count(s, note->host, note->bytes, 1);
+	}
+	return a->notes_tail;
+}
+
+/* Those that it lost while it was walked.  Lock held. */
+static void mark_late(struct scan *s, uint64_t from)
+{
+	const struct qcow2_allocator *a = s->q->alloc;
+
+	for (uint64_t i = from; i < a->notes_tail; i++) {
+		const struct qcow2_note *note = note_at(a, i);
+		uint64_t first, end;
+
+		clip(s, note->host, note->bytes, &first, &end);
+		for (; first < end; first++)
+			s->late[(first - s->first) / 64] |= UINT64_C(1) << (first - s->first) % 64;
 	}
 }
 
 /* --- finding ------------------------------------------------------------------------------- */
 
-/* Notes what is counted and not marked of [first, end), within one part.  Gate held. */
+/* How often the cluster is counted too much.  Lock held. */
+static uint64_t excess(struct scan *s, const struct qcow2_part *part, uint64_t cluster)
+{
+	uint64_t stored = qcow2_part_count(s->q, part, cluster), i = cluster - s->first;
+
+	if (stored <= s->counts[i] || s->counts[i] == COUNT_MAX)
+		return 0;
+	if (s->late[i / 64] >> i % 64 & 1) {
+		s->unsure = true;
+		return 0;
+	}
+	/* What somebody registered as metadata and this scan does not know. */
+	if (s->counts[i] == 0 && qcow2_is_metadata(s->q->alloc, cluster))
+		return 0;
+	return ox_min(stored - s->counts[i], (uint64_t)EXCESS_MAX);
+}
+
+/* [first, end) is within one part.  Gate held. */
 static int note_leaks_co(struct scan *s, uint64_t first, uint64_t end)
 {
 	struct qcow2 *q = s->q;
@@ -254,18 +346,17 @@ static int note_leaks_co(struct scan *s, uint64_t first, uint64_t end)
 		return rc;
 	pthread_mutex_lock(&q->lock);
 	for (uint64_t i = first; i < end; i++) {
-		if (is_marked(s, s->marked, i) || qcow2_part_count(q, part, i) == 0)
-			continue;
-		/* What memory knows to be metadata stays, whoever registered it. */
-		if (qcow2_is_metadata(q->alloc, i))
-			continue;
-		qcow2_note_free(q, i << q->cluster_bits, q->cluster_size, true);
-		s->leaks++;
+		uint64_t times = excess(s, part, i);
+
+		s->leaks += times > 0;
+		for (; times > 0; times--)
+			qcow2_note_free(q, i << q->cluster_bits, q->cluster_size);
 	}
 	pthread_mutex_unlock(&q->lock);
 	return 0;
 }
 
+/* A note that is made meanwhile is not late: the walk is over, and found the reference. */
 static int find_leaks_co(struct scan *s)
 {
 	struct qcow2_allocator *a = s->q->alloc;
@@ -284,26 +375,29 @@ static int find_leaks_co(struct scan *s)
 	return rc;
 }
 
-/* One pass. */
 static int scan_window_co(struct scan *s)
 {
 	struct qcow2 *q = s->q;
-	size_t words = (size_t)((s->end - s->first + 63) / 64);
+	size_t clusters = (size_t)(s->end - s->first);
+	uint64_t noted;
 	int rc;
 
-	memset(s->marked, 0, words * sizeof(*s->marked));
-	memset(s->tables, 0, words * sizeof(*s->tables));
-	rc = mark_structures(s);
+	memset(s->counts, 0, clusters * sizeof(*s->counts));
+	memset(s->late, 0, (clusters + 63) / 64 * sizeof(*s->late));
+	pthread_mutex_lock(&q->lock);
+	noted = count_notes(s);
+	pthread_mutex_unlock(&q->lock);
+	rc = count_structures(s);
 	if (rc == 0)
-		rc = mark_snapshots_co(s);
+		rc = count_bitmaps_co(s);
 	if (rc == 0)
-		rc = mark_bitmaps_co(s);
+		rc = count_snapshots_co(s);
 	if (rc == 0)
-		rc = qcow2_walk_co(s->channel, mark_entry, s);
+		rc = qcow2_walk_co(s->channel, count_walked, s);
 	if (rc < 0)
 		return rc;
 	pthread_mutex_lock(&q->lock);
-	mark_notes(s);
+	mark_late(s, noted);
 	pthread_mutex_unlock(&q->lock);
 	return find_leaks_co(s);
 }
@@ -325,24 +419,46 @@ static int frontier_co(struct ox_image_channel *channel, uint64_t *frontier)
 
 static int scan_co(struct scan *s)
 {
-	struct qcow2 *q = s->q;
-	uint64_t frontier;
-	size_t words;
-	int rc = frontier_co(s->channel, &frontier);
+	size_t clusters;
+	int rc = frontier_co(s->channel, &s->frontier);
 
 	if (rc < 0)
 		return rc;
-	words = (size_t)(ox_min(frontier, WINDOW) / 64 + 1);
-	s->marked = malloc(words * sizeof(*s->marked));
-	s->tables = malloc(words * sizeof(*s->tables));
-	s->buffer = aligned_alloc(4096, ox_max(q->block_bytes, 4096u));
-	if (!s->marked || !s->tables || !s->buffer)
+	clusters = (size_t)ox_min(s->frontier, WINDOW);
+	s->counts = malloc((clusters + 1) * sizeof(*s->counts));
+	s->late = malloc((clusters / 64 + 1) * sizeof(*s->late));
+	s->buffer = aligned_alloc(4096, ox_max(s->q->block_bytes, 4096u));
+	if (!s->counts || !s->late || !s->buffer)
 		return -ENOMEM;
-	for (s->first = 0; s->first < frontier && rc == 0; s->first = s->end) {
-		s->end = ox_min(frontier, s->first + WINDOW);
+	rc = collect_tables_co(s);
+	for (s->first = 0; s->first < s->frontier && rc == 0; s->first = s->end) {
+		s->end = ox_min(s->frontier, s->first + WINDOW);
 		rc = scan_window_co(s);
 	}
 	return rc;
+}
+
+/* True: something was left alone because the map changed. */
+static bool scan_once_co(struct ox_image_channel *channel)
+{
+	struct qcow2 *q = qcow2_of(channel);
+	struct scan s = {.channel = channel, .q = q};
+	int rc = scan_co(&s);
+
+	free(s.counts);
+	free(s.late);
+	free(s.tables);
+	free(s.buffer);
+	if (rc < 0)
+		ox_log(OX_LOG_WARNING,
+		       "%s: what its last writer left allocated cannot be found: %s; oxbow check "
+		       "-r leaks can",
+		       q->image->store->path, strerror(-rc));
+	else if (s.leaks)
+		ox_log(OX_LOG_INFO,
+		       "%s: %llu clusters that its last writer left allocated are freed",
+		       q->image->store->path, (unsigned long long)s.leaks);
+	return rc == 0 && s.unsure;
 }
 
 static void scan_fiber_co(struct ox_image_channel *channel, void *arg)
@@ -350,27 +466,15 @@ static void scan_fiber_co(struct ox_image_channel *channel, void *arg)
 	struct ox_range background = {.end = 1, .loop = channel->loop};
 	struct qcow2 *q = qcow2_of(channel);
 	struct qcow2_allocator *a = q->alloc;
-	struct scan s = {.channel = channel, .q = q};
+	bool unsure = true, release;
 	uint64_t ready;
-	bool release;
-	int rc;
 
 	ox_range_acquire_co(&a->background, &background);
-	rc = scan_co(&s);
-	free(s.marked);
-	free(s.tables);
-	free(s.buffer);
-	if (rc < 0)
-		ox_log(OX_LOG_WARNING,
-		       "%s: what its last writer left allocated cannot be found: %s; oxbow check -r "
-		       "leaks can",
-		       q->image->store->path, strerror(-rc));
-	else if (s.leaks)
-		ox_log(OX_LOG_INFO,
-		       "%s: %llu clusters that its last writer left allocated are freed",
-		       q->image->store->path, (unsigned long long)s.leaks);
+	for (unsigned pass = 0; pass < PASSES && unsure; pass++)
+		unsure = scan_once_co(channel);
 	pthread_mutex_lock(&q->lock);
 	a->leak_scan = false;
+	a->leak_unsure = unsure;
 	ready = a->notes_ready;
 	release = ready > a->notes_head && !a->finishing && !a->releasing;
 	pthread_mutex_unlock(&q->lock);
@@ -396,4 +500,18 @@ void qcow2_start_leak_scan(struct ox_image_channel *channel)
 	pthread_mutex_lock(&q->lock);
 	q->alloc->leak_scan = false;
 	pthread_mutex_unlock(&q->lock);
+}
+
+void qcow2_leak_finish_co(struct ox_image_channel *channel)
+{
+	struct qcow2 *q = qcow2_of(channel);
+	struct qcow2_allocator *a = q->alloc;
+	bool unsure;
+
+	pthread_mutex_lock(&q->lock);
+	unsure = a->leak_unsure;
+	a->leak_unsure = false;
+	pthread_mutex_unlock(&q->lock);
+	if (unsure)
+		(void)scan_once_co(channel);
 }
