@@ -6,6 +6,7 @@
  *   reftable.c  the refcount table; new space at the file's end (the frontier)
  *   refcount.c  refcount blocks in memory, changes to them, writing them out
  *   alloc.c     the reserve: clusters that are counted and not yet given out
+ *   batch.c     filling it, and giving it back
  *   free.c      clusters given back, and free space inside the file
  *   leak.c      clusters that nothing refers to after an unclean end
  *
@@ -202,7 +203,20 @@ void qcow2_leak_finish_co(struct ox_image_channel *channel);
 /* alloc.c: to a list, from a->spare or new; false: no memory.  Lock held. */
 bool qcow2_space_add(struct qcow2_allocator *a, struct qcow2_space_list *list, uint64_t first,
                      uint64_t count, bool zeroed);
-/* Has the channel's loop start what the slice's flags say.  Lock held; channel's thread. */
+/* Up to `want` clusters from the list's head; 0: it is empty.  Lock held. */
+uint64_t qcow2_space_take(struct qcow2_allocator *a, struct qcow2_space_list *list, uint64_t want,
+                          uint64_t *first, bool *zeroed);
+/* The slice has at least one cluster, `want` if that is possible.  Lock held. */
+bool qcow2_slice_fill(struct qcow2 *q, struct qcow2_slice *slice, uint64_t want);
+/* Half of the last batch is used.  Lock held. */
+bool qcow2_wants_refill(const struct qcow2 *q);
+#define QCOW2_FIRST_TABLES 8u /* of the first batch */
+
+/* batch.c: starts what a slice's flags say.  Lock not held. */
+void qcow2_slice_run_deferred(struct ox_deferred *deferred);
+
+/* alloc.c: has the channel's loop start what the slice's flags say.  Lock held; channel's thread.
+ */
 void qcow2_slice_kick(struct qcow2_slice *slice);
 
 #endif

@@ -9,7 +9,8 @@
  *   map.c       lookup
  *   write.c     allocate, prepare, publish, zero, discard
  *   commit.c    dirty metadata to the file, in order
- *   refcount.c  refcounts; alloc.c: clusters to give out, clusters given back
+ *   refcount.c, reftable.c  refcounts; alloc.c, batch.c: clusters to give out; free.c: given back
+ *   ranges.c    which clusters of the file are metadata
  *   leak.c      after an unclean end: finds and frees what no table refers to
  *   record.c    what a killed process leaves in the run directory for the next one
  *   compress.c  deflate and zstd
