@@ -160,6 +160,12 @@ int ox_image_background(struct ox_image_channel *channel,
 int ox_store_truncate_co(struct ox_store *store, uint64_t size, enum ox_preallocation prealloc,
                          struct ox_error *err) OX_MUST_CHECK;
 
+/* For resize_co, before the header says the new size and when image->size does: what a longer
+ * backing image has in the new part would show through there.  It is covered with zeroes, durably.
+ */
+int ox_image_hide_backing_co(struct ox_image_channel *channel, uint64_t old, uint64_t size)
+        OX_MUST_CHECK;
+
 /* Options given with -o, for create_resolve: the value or NULL. */
 const char *ox_create_option(const struct ox_image_create_options *options, const char *name);
 /* From `resolved`, which has it. */

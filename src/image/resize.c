@@ -10,18 +10,18 @@
 #include <errno.h>
 #include <string.h>
 
-/* What a longer backing image has behind the old end would show through: it is covered with
- * zeroes. */
-static int hide_backing_co(struct ox_image_channel *channel, uint64_t old, uint64_t size)
+int ox_image_hide_backing_co(struct ox_image_channel *channel, uint64_t old, uint64_t size)
 {
 	uint64_t end;
+	int rc;
 
 	if (!channel->backing)
 		return 0;
 	end = ox_min(size, ox_image_size_now(channel->backing->image));
 	if (end <= old)
 		return 0;
-	return ox_image_clear_co(channel, OX_IO_ZERO, old, end - old, OX_IO_MAY_UNMAP);
+	rc = ox_image_clear_co(channel, OX_IO_ZERO, old, end - old, OX_IO_MAY_UNMAP);
+	return rc < 0 ? rc : ox_image_commit_co(channel);
 }
 
 int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
@@ -46,23 +46,19 @@ int ox_image_resize_co(struct ox_image_channel *channel, uint64_t size,
 	if (rc < 0)
 		return ox_error_set(err, -rc, "%s: cannot be changed: %s", image->store->path,
 		                    strerror(-rc));
-	if (image->backing_file && !image->backing && size > old)
+	if (image->backing_file && !image->backing && size > ox_image_size_now(image))
 		return ox_error_set(err, EIO,
 		                    "%s: it cannot grow while its backing file is not open",
 		                    image->store->path);
 	rc = m->resize_co(channel, size, prealloc, err);
-	if (rc < 0)
-		return rc;
+	if (rc < 0) {
+		__atomic_store_n(&image->size, old, __ATOMIC_RELEASE);
+		return ox_error_set(err, -rc, "%s: its size cannot be changed: %s",
+		                    image->store->path, strerror(-rc));
+	}
 	/* The disk above publishes it to the guest only when this has returned. */
 	__atomic_store_n(&image->size, size, __ATOMIC_RELEASE);
-	rc = hide_backing_co(channel, old, size);
-	if (rc == 0)
-		return 0;
-	ox_error_set(err, -rc, "%s: the new part could not be zeroed: %s", image->store->path,
-	             strerror(-rc));
-	if (m->resize_co(channel, old, OX_PREALLOC_OFF, NULL) == 0)
-		__atomic_store_n(&image->size, old, __ATOMIC_RELEASE);
-	return rc;
+	return 0;
 }
 
 int ox_image_check_co(struct ox_image_channel *channel, struct ox_image_check *check,

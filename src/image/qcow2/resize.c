@@ -259,6 +259,8 @@ static int grow_co(struct resize *r)
 	}
 	__atomic_store_n(&image->size, r->size, __ATOMIC_RELEASE);
 	rc = fill_new_part_co(r);
+	if (rc == 0)
+		rc = ox_image_hide_backing_co(r->channel, r->old_size, r->size);
 	/* Entries of the new part may be in the file before the size is, not behind it. */
 	if (rc == 0)
 		rc = qcow2_commit_co(r->channel);

@@ -180,10 +180,14 @@ static int qed_resize_co(struct ox_image_channel *channel, uint64_t size,
 	rc = qed_map_grow_co(channel, size);
 	if (rc == 0) {
 		__atomic_store_n(&q->header.image_size, size, __ATOMIC_RELEASE);
-		rc = qed_write_header_co(channel);
+		__atomic_store_n(&channel->image->size, size, __ATOMIC_RELEASE);
+		rc = ox_image_hide_backing_co(channel, former, size);
 	}
 	if (rc == 0)
+		rc = qed_write_header_co(channel);
+	if (rc == 0)
 		return 0;
+	__atomic_store_n(&channel->image->size, former, __ATOMIC_RELEASE);
 	__atomic_store_n(&q->header.image_size, former, __ATOMIC_RELEASE);
 	return ox_error_set(err, -rc, "%s: cannot write the new size: %s", path, strerror(-rc));
 }

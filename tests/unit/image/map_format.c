@@ -418,7 +418,7 @@ static int map_resize_co(struct ox_image_channel *channel, uint64_t size,
                          enum ox_preallocation prealloc, struct ox_error *err)
 {
 	struct map_format *map = map_of(channel->image);
-	uint64_t units = size / UNIT;
+	uint64_t units = size / UNIT, old = channel->image->size;
 	uint64_t *entry = ox_xcalloc(units, sizeof(*entry));
 	bool *missing = ox_xcalloc(units, sizeof(*missing));
 
@@ -429,7 +429,8 @@ static int map_resize_co(struct ox_image_channel *channel, uint64_t size,
 	map->entry = entry;
 	map->missing = missing;
 	map->units = units;
-	return 0;
+	channel->image->size = size;
+	return ox_image_hide_backing_co(channel, old, size);
 }
 
 static void map_close(struct ox_image *image)
