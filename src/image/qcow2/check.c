@@ -19,6 +19,8 @@
 /* However large the file: so many passes over its metadata, and no more. */
 #define MAX_WINDOWS 1024u
 
+uint64_t check_map_budget = CHECK_MAP_BYTES;
+
 /* --- findings --------------------------------------------------------------------------------- */
 
 __attribute__((format(printf, 2, 0))) static void say(struct qcow2_check *c, const char *fmt,
@@ -133,7 +135,7 @@ void check_unload(struct qcow2_check *c)
 static void choose_window(struct qcow2_check *c)
 {
 	unsigned bits = c->snapshot_count <= 1 ? 2 : c->snapshot_count <= 250 ? 8 : 16;
-	uint64_t clusters = (uint64_t)CHECK_MAP_BYTES * 8 / (bits + 4);
+	uint64_t clusters = check_map_budget * 8 / (bits + 4);
 
 	c->window = ox_max(c->per_block, (uint64_t)CHECK_CHUNK);
 	while (c->window * 2 <= clusters)

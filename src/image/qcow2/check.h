@@ -28,6 +28,7 @@
 #include "image/qcow2/qcow2.h"
 
 #define CHECK_MAP_BYTES (256u << 20)
+extern uint64_t check_map_budget; /* CHECK_MAP_BYTES, but for tests */
 /* Damaged or hostile tables can make counters wide: beyond this the check gives up. */
 #define CHECK_MAP_LIMIT ((size_t)768 << 20)
 
