@@ -4,8 +4,10 @@
  * there are too many.
  *
  * Every offset is judged once, when it comes from the file: what is not valid is QED_INVALID from
- * then on and answers -EIO.  An offset that is valid stays so, because the file's end only moves
- * up and new tables are placed behind everything.
+ * then on and answers -EIO.  In an image with the mark "need check" it is unallocated: a power cut
+ * leaves such entries, and the repair, which comes before the first change, will remove them.  An
+ * offset that is valid stays so, because the file's end only moves up and new tables are placed
+ * behind everything.
  *
  * Locking: lookup takes none.  It finds a block by atomic pointers, trusts its entries when `ready`
  * is set (release after they are filled), and is gone from it before a grace period ends.  All
@@ -143,9 +145,16 @@ static int compare_offsets(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+/* What becomes of an entry that is not valid. */
+static uint64_t invalid_entry(const struct qed *q)
+{
+	return qed_is_unchecked(q) ? QED_UNALLOCATED : QED_INVALID;
+}
+
 /* What was read of L1 becomes offsets.  How many of them are not valid, or -ENOMEM. */
 static int64_t judge_l1_block(struct qed *q, struct qed_block *block)
 {
+	uint64_t invalid = invalid_entry(q);
 	int64_t bad = 0;
 
 	for (uint32_t i = 0; i < q->block_entries; i++) {
@@ -155,7 +164,7 @@ static int64_t judge_l1_block(struct qed *q, struct qed_block *block)
 		if (offset == QED_UNALLOCATED)
 			continue;
 		if (!qed_table_offset_is_valid(q, offset)) {
-			block->entries[i] = QED_INVALID;
+			block->entries[i] = invalid;
 			bad++;
 			continue;
 		}
@@ -408,13 +417,14 @@ int qed_map_co(struct ox_image_channel *channel, uint64_t offset, uint64_t lengt
 /* What was read of an L2 table becomes offsets; how many are not valid.  Lock held. */
 static uint32_t judge_l2_block(const struct qed *q, struct qed_block *block)
 {
+	uint64_t invalid = invalid_entry(q);
 	uint32_t bad = 0;
 
 	for (uint32_t i = 0; i < q->block_entries; i++) {
 		uint64_t entry = le64toh(block->entries[i]);
 
 		if (entry > QED_ZERO && !qed_cluster_offset_is_valid(q, entry)) {
-			entry = QED_INVALID;
+			entry = invalid;
 			bad++;
 		}
 		block->entries[i] = entry;

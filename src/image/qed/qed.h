@@ -57,7 +57,8 @@
 /* Entries. */
 #define QED_UNALLOCATED 0u
 #define QED_ZERO        1u
-/* Never in a file: an entry there was not valid. */
+/* Never in a file: an entry there was not valid.  (With "need check" it is unallocated instead, as
+ * it will be after the repair that comes before the first change.) */
 #define QED_INVALID UINT64_MAX
 
 struct qed_header {
@@ -143,7 +144,7 @@ struct qed_new_table {
 
 struct qed {
 	struct ox_image *image;
-	/* features change, and image_size (atomic), by one fiber at a time. */
+	/* features change, and image_size, by one fiber at a time. */
 	struct qed_header header;
 
 	/* Constant. */
@@ -191,10 +192,10 @@ struct qed {
 	uint64_t published; /* changes of the map so far: for metadata_dirty */
 };
 
-/* The disk's, bytes; ahead of image->size while it grows. */
+/* The disk's, bytes. */
 static inline uint64_t qed_size(const struct qed *q)
 {
-	return __atomic_load_n(&q->header.image_size, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(&q->image->size, __ATOMIC_ACQUIRE);
 }
 
 static inline struct qed *qed_of(const struct ox_image_channel *channel)
