@@ -15,6 +15,7 @@
 #include "tests/lib/image_kit.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -24,6 +25,7 @@
 
 static char dir[64];
 static char path[128];
+static const char *self;
 
 /* --- counters ------------------------------------------------------------------------------- */
 
@@ -256,7 +258,9 @@ static int check(struct look *look, const char *name, const char *repair)
 	                                .for_check = true,
 	                                .allow.nothing = true,
 	                                .store.read_only = !fix,
-	                                .store.lock = fix ? OX_LOCK_WRITE : OX_LOCK_READ};
+	                                .store.lock = fix ? OX_LOCK_WRITE : OX_LOCK_READ,
+	                                /* A killed process may hold it for a moment. */
+	                                .store.lock_timeout_ns = 10000000000};
 	struct ox_faulty_log *log = look->log;
 	struct ox_error err = {0};
 	int rc;
@@ -499,6 +503,54 @@ static void test_corrupt_bit(void **state)
 	assert_int_equal(data[ox_get_be64(data + 40)], 0x5b);
 }
 
+/* --- a killed process ------------------------------------------------------------------------- */
+
+static const struct fill killed_fill = {.step = 64 * KIB, .bytes = 24 * KIB, .end = 4 * MIB};
+
+static int die_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	struct fill f = killed_fill;
+
+	if (fill_co(channel, &f, err) == 0)
+		raise(SIGKILL);
+	return -EIO;
+}
+
+static int die(const char *name)
+{
+	struct ox_image_options open = {.format = "qcow2", .store.lock = OX_LOCK_WRITE};
+	struct ox_error err = {0};
+
+	if (ox_image_with(name, &open, die_co, NULL, &err) < 0)
+		fprintf(stderr, "%s\n", err.text);
+	return 1;
+}
+
+/* What a killed process has completed and not written is in its record: a repair takes that over,
+ * and does not free what only the record refers to. */
+static void test_killed(void **state)
+{
+	static const char *const repairs[] = {"leaks", "all"};
+
+	for (size_t i = 0; i < OX_ARRAY_SIZE(repairs); i++) {
+		const char *const argv[] = {self, "die", path, NULL};
+		struct look look = {.log = NULL};
+		OX_FREE uint8_t *data = NULL;
+		char output[1024] = "";
+		size_t bytes;
+
+		make_image("cluster_size=4096", 4 * MIB, (struct fill){.step = MIB, .bytes = KIB});
+		if (kit_spawn(argv, output, sizeof(output)) != -1)
+			fail_msg("%s", output);
+		assert_int_equal(check(&look, path, repairs[i]), 0);
+		assert_int_equal(look.check.corruptions + look.check.leaks, 0);
+		data = load(&bytes);
+		assert_null(memmem(data, 4096, "\x4f\x78\x62\x77", 4));
+		must_be_clean("a killed writer's image");
+		must_read_back(4 * MIB, killed_fill, "a killed writer's image");
+	}
+}
+
 /* --- what cannot be read ------------------------------------------------------------------------
  */
 
@@ -578,16 +630,20 @@ static void test_noise(void **state)
 	}
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
 	        cmocka_unit_test(test_map_adds),    cmocka_unit_test(test_map_sets),
 	        cmocka_unit_test(test_windows),     cmocka_unit_test(test_power_cut),
 	        cmocka_unit_test(test_dirty),       cmocka_unit_test(test_corrupt_bit),
 	        cmocka_unit_test(test_read_errors), cmocka_unit_test(test_noise),
+	        cmocka_unit_test(test_killed),
 	};
 	int failed;
 
+	if (argc == 3 && strcmp(argv[1], "die") == 0)
+		return die(argv[2]);
+	self = argv[0];
 	if (!kit_make_dir(dir, sizeof(dir), "qcow2-check"))
 		return 1;
 	setenv("OXBOW_RUN_DIR", dir, 1);
