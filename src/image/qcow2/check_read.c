@@ -127,6 +127,10 @@ static struct reader *reader_new(struct qcow2_check *c)
 			break;
 		}
 	}
+	if (r->slot_count == 0) {
+		free(r);
+		return NULL;
+	}
 	return r;
 }
 
@@ -148,8 +152,6 @@ int check_read_all_co(struct qcow2_check *c, bool (*next)(void *arg, struct chec
 
 	if (!r)
 		return -ENOMEM;
-	if (r->slot_count == 0)
-		rc = -ENOMEM;
 	while (rc == 0) {
 		struct slot *slot;
 

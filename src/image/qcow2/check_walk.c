@@ -124,10 +124,13 @@ static int check_copied_co(struct qcow2_check *c, uint64_t raw, uint64_t count)
 	if (c->quiet)
 		return 0;
 	if (c->data_file) {
-		for (uint64_t i = 0; !copied && c->first && i < count; i++)
+		for (uint64_t i = 0; !copied && c->first && i < count; i++) {
+			uint64_t entry = raw + (i << c->cluster_bits);
+
 			check_corrupt(c, 1,
 			              "ERROR OFLAG_COPIED data cluster: l2_entry=%llx refcount=1",
-			              (unsigned long long)(raw + (i << c->cluster_bits)));
+			              (unsigned long long)entry);
+		}
 		return 0;
 	}
 	if (ox_likely(first + count <= c->clusters) &&
@@ -531,12 +534,16 @@ int check_count_tables_co(struct qcow2_check *c)
 	return rc;
 }
 
+/* How many tables are to be read. */
 static uint64_t tables_in(const struct qcow2_check *c, const uint64_t *l1, uint32_t entries)
 {
 	uint64_t tables = 0;
 
-	for (uint32_t i = 0; i < entries; i++)
-		tables += (l1[i] & QCOW2_OFFSET_MASK) != 0;
+	for (uint32_t i = 0; i < entries; i++) {
+		uint64_t offset = l1[i] & QCOW2_OFFSET_MASK;
+
+		tables += offset && offset < c->file_bytes;
+	}
 	return tables;
 }
 
@@ -567,6 +574,16 @@ int check_load_l1_co(struct qcow2_check *c)
 		return 0;
 	}
 	c->l1_entries = h->l1_entries;
+	/* Reading the same few tables millions of times would take days. */
+	if (tables_in(c, c->l1, c->l1_entries) > c->clusters) {
+		check_corrupt(c, 1,
+		              "ERROR the active L1 table has more entries than the file has "
+		              "clusters");
+		c->l1_entries = 0;
+		c->l1_usable = false;
+		c->incomplete = true;
+		return 0;
+	}
 	tables = tables_in(c, c->l1, c->l1_entries);
 	if (c->snapshot_count && c->l1_entries) {
 		c->shared = calloc(c->l1_entries, sizeof(*c->shared));
@@ -574,7 +591,7 @@ int check_load_l1_co(struct qcow2_check *c)
 			return -ENOMEM;
 	}
 	for (uint32_t i = 0; i < c->snapshot_count; i++) {
-		const struct check_snapshot *s = &c->snapshots[i];
+		struct check_snapshot *s = &c->snapshots[i];
 		OX_FREE uint64_t *l1 = NULL;
 
 		if (!s->usable)
@@ -584,6 +601,15 @@ int check_load_l1_co(struct qcow2_check *c)
 			return rc;
 		if (rc < 0)
 			continue; /* said when it is counted */
+		if (tables_in(c, l1, s->l1_entries) > c->clusters) {
+			check_corrupt(c, 1,
+			              "ERROR snapshot %u: its L1 table has more entries than the "
+			              "file has clusters",
+			              i + 1);
+			s->usable = false;
+			c->snapshots_damaged = true;
+			continue;
+		}
 		for (uint32_t k = 0; k < s->l1_entries; k++) {
 			if (k >= c->l1_entries ||
 			    (l1[k] & ~QCOW2_ENTRY_COPIED) != (c->l1[k] & ~QCOW2_ENTRY_COPIED))

@@ -173,8 +173,9 @@ static int read_back_co(struct ox_image_channel *channel, void *arg, struct ox_e
 			return ox_error_set(err, -rc, "read at %llu", (unsigned long long)at);
 		for (uint64_t i = 0; i < f->bytes; i++) {
 			if (data[i] != pattern(at + i))
-				return ox_error_set(err, EILSEQ, "byte %llu is %u",
-				                    (unsigned long long)(at + i), data[i]);
+				return ox_error_set(err, EILSEQ, "byte %llu of %llu is %u",
+				                    (unsigned long long)i, (unsigned long long)at,
+				                    data[i]);
 		}
 	}
 	return 0;
