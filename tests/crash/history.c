@@ -6,12 +6,33 @@
 #include "base/byteorder.h"
 #include <stdio.h>
 
-void history_choose(struct action *action, unsigned sectors, uint64_t *seed)
+static void choose_churn(struct action *action, unsigned sectors, uint64_t *seed)
+{
+	uint64_t dice = kit_random(seed, 100);
+
+	action->flags = action->first = action->count = 0;
+	action->op = dice < 45   ? OX_IO_WRITE
+	             : dice < 60 ? OX_IO_ZERO
+	             : dice < 92 ? OX_IO_DISCARD
+	                         : OX_IO_FLUSH;
+	if (action->op == OX_IO_FLUSH)
+		return;
+	action->flags = action->op == OX_IO_ZERO ? OX_IO_MAY_UNMAP : 0;
+	action->first = (unsigned)kit_random(seed, sectors / 8) * 8;
+	action->count = 8 + (unsigned)kit_random(seed, HISTORY_MOST / 8 - 1) * 8;
+	action->count = ox_min(action->count, sectors - action->first);
+}
+
+void history_choose(struct action *action, unsigned sectors, bool churn, uint64_t *seed)
 {
 	uint64_t dice = kit_random(seed, 100);
 	/* Sizes from a sector to several clusters. */
 	unsigned most = kit_random(seed, 3) ? 16 : HISTORY_MOST;
 
+	if (churn) {
+		choose_churn(action, sectors, seed);
+		return;
+	}
 	action->flags = action->first = action->count = 0;
 	action->op = dice < 68   ? OX_IO_WRITE
 	             : dice < 78 ? OX_IO_ZERO
@@ -75,22 +96,22 @@ enum verdict history_judge(const struct history *history, unsigned sector, uint3
                            uint64_t clock)
 {
 	enum verdict verdict = VERDICT_STALE;
+	uint64_t newest = 0; /* what ended before this began has been overtaken */
 
+	for (unsigned i = 0; i < history->count; i++) {
+		const struct action *action = &history->action[i];
+
+		if (action->promised && action->began > newest && history_covers(action, sector))
+			newest = action->began;
+	}
 	for (unsigned i = 0; i < history->count + 1; i++) {
 		const struct action *writer = i < history->count ? &history->action[i] : NULL;
-		bool overtaken = false;
 
 		if (!leaves(history, writer, sector, id, clock))
 			continue;
-		verdict = VERDICT_LOST;
-		for (unsigned k = 0; k < history->count && !overtaken; k++) {
-			const struct action *other = &history->action[k];
-
-			overtaken = other->promised && history_covers(other, sector) &&
-			            other->began > (writer ? writer->ended : 0);
-		}
-		if (!overtaken)
+		if (newest <= (writer ? writer->ended : 0))
 			return VERDICT_FINE;
+		verdict = VERDICT_LOST;
 	}
 	return verdict;
 }

@@ -32,8 +32,9 @@ struct history {
 	const uint32_t *below_id; /* what a discard may uncover */
 };
 
-/* Fills op, flags, first and count. */
-void history_choose(struct action *action, unsigned sectors, uint64_t *seed);
+/* Fills op, flags, first and count.  `churn`: much is freed, in whole clusters of 4 KiB, and space
+ * is used again soon. */
+void history_choose(struct action *action, unsigned sectors, bool churn, uint64_t *seed);
 
 void history_stamp(uint8_t *at, unsigned first, unsigned count, uint32_t id);
 /* Which request's content is this? */

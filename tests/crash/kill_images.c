@@ -31,7 +31,7 @@
 
 struct scenario {
 	const char *name, *format, *options;
-	bool overlay, snapshot, data_file, secret;
+	bool overlay, snapshot, data_file, secret, churn;
 	bool forget; /* the run directory is emptied: completed writes may be lost */
 };
 
@@ -39,6 +39,7 @@ static const struct scenario scenarios[] = {
         {"qcow2, 4 KiB clusters", "qcow2", "cluster_size=4k"},
         {"qcow2, 64 KiB clusters", "qcow2", "cluster_size=64k"},
         {"qcow2, 512 B clusters", "qcow2", "cluster_size=512"},
+        {"qcow2, 4 KiB clusters, much is freed", "qcow2", "cluster_size=4k", .churn = true},
         {"qcow2, version 2", "qcow2", "compat=0.10,cluster_size=4k"},
         {"qcow2, lazy refcounts", "qcow2", "lazy_refcounts=on,cluster_size=4k"},
         {"qcow2, overlay", "qcow2", "extended_l2=off,cluster_size=4k", .overlay = true},
@@ -132,7 +133,7 @@ static void guest_co(struct ox_image_channel *channel, void *arg)
 			break;
 		action = &shared->action[index];
 		action->number = shared->number_base + index + 1;
-		history_choose(action, SECTORS, &seed);
+		history_choose(action, SECTORS, scenario->churn, &seed);
 		writes = action->op == OX_IO_WRITE;
 		if (writes)
 			history_stamp(buf, action->first, action->count, action->number);

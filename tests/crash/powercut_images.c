@@ -36,11 +36,13 @@
 
 #define SECTORS  1537u /* of the disk: not whole clusters */
 #define REQUESTS 360u
+#define CHURN    1200u /* requests when much is freed */
 #define FIBERS   8u
 
 struct scenario {
 	const char *name, *format, *options;
 	bool overlay, snapshot, memory;
+	bool churn;      /* much is freed and used again */
 	bool too_strong; /* a completed write is taken for promised */
 	bool no_flush;   /* the disk ignores flushes */
 };
@@ -48,6 +50,9 @@ struct scenario {
 static const struct scenario scenarios[] = {
         {"qcow2, 4 KiB clusters", "qcow2", "cluster_size=4k"},
         {"qcow2, 4 KiB clusters, no record", "qcow2", "cluster_size=4k", .memory = true},
+        {"qcow2, 4 KiB clusters, much is freed", "qcow2", "cluster_size=4k", .churn = true},
+        {"qcow2, overlay, much is freed", "qcow2", "extended_l2=off,cluster_size=4k",
+         .overlay = true, .churn = true},
         {"qcow2, 64 KiB clusters", "qcow2", "cluster_size=64k"},
         {"qcow2, 512 B clusters", "qcow2", "cluster_size=512"},
         {"qcow2, version 2", "qcow2", "compat=0.10,cluster_size=4k"},
@@ -85,7 +90,8 @@ static struct cut {
 	uint64_t sequence; /* atomic */
 	uint32_t count;    /* atomic: actions begun */
 	uint64_t seed;
-	struct action action[REQUESTS];
+	struct action action[CHURN];
+	unsigned requests;
 	struct ox_faulty_log log;
 	uint8_t *state; /* a file as the cut left it */
 	uint64_t state_bytes, state_room;
@@ -161,11 +167,11 @@ static void guest_co(struct ox_image_channel *channel, void *arg)
 		bool writes;
 		int ret;
 
-		if (index >= REQUESTS)
+		if (index >= cut.requests)
 			break;
 		action = &cut.action[index];
 		action->number = index + 1;
-		history_choose(action, SECTORS, &seed);
+		history_choose(action, SECTORS, cut.scenario->churn, &seed);
 		writes = action->op == OX_IO_WRITE;
 		if (writes)
 			history_stamp(buf, action->first, action->count, action->number);
@@ -216,6 +222,7 @@ static void run_workload(void)
 	slow_down(cut.store, &cut.seed);
 	ox_faulty_record(cut.store, true);
 	cut.count = 0;
+	cut.requests = cut.scenario->churn ? CHURN : REQUESTS;
 	cut.sequence = 0;
 	memset(cut.action, 0, sizeof(cut.action));
 	for (unsigned i = 0; i < FIBERS; i++) {
@@ -223,7 +230,6 @@ static void run_workload(void)
 		work[i] = (struct kit_work){i % cut.kit.threads, guest_co, &seeds[i]};
 	}
 	kit_run(&cut.kit, work, FIBERS);
-	cut.count = REQUESTS;
 	on_thread(0, finish_co, &ret);
 	if (ret < 0)
 		bail("finish: %s", strerror(-ret));
@@ -456,25 +462,30 @@ static void build_state(uint64_t at, enum pick pick, uint64_t *seed)
 /* --- what the guest may see
  * ------------------------------------------------------------------------ */
 
-static bool is_promised(const struct action *action, uint64_t at)
+/* Which requests must not be lost when power fails at `at`. */
+static void set_promises(uint64_t at)
 {
-	if (action->clock_ended > at || action->op == OX_IO_DISCARD || action->op == OX_IO_FLUSH)
-		return false;
-	if ((action->flags & OX_IO_DSYNC) || cut.scenario->too_strong)
-		return true;
-	for (unsigned i = 0; i < REQUESTS; i++) {
-		const struct action *other = &cut.action[i];
+	uint64_t flushed = 0; /* what ended before this began is covered by a flush */
 
-		if (other->op == OX_IO_FLUSH && other->clock_ended <= at &&
-		    other->began > action->ended)
-			return true;
+	for (unsigned i = 0; i < cut.requests; i++) {
+		const struct action *action = &cut.action[i];
+
+		if (action->op == OX_IO_FLUSH && action->clock_ended <= at)
+			flushed = ox_max(flushed, action->began);
 	}
-	return false;
+	for (unsigned i = 0; i < cut.requests; i++) {
+		struct action *action = &cut.action[i];
+
+		action->promised = action->clock_ended <= at && action->op != OX_IO_DISCARD &&
+		                   action->op != OX_IO_FLUSH &&
+		                   ((action->flags & OX_IO_DSYNC) || cut.scenario->too_strong ||
+		                    action->ended < flushed);
+	}
 }
 
 static void judge(uint64_t at, const uint8_t *disk, struct tally *tally)
 {
-	struct history history = {cut.action, REQUESTS, cut.first_id, cut.below_id};
+	struct history history = {cut.action, cut.requests, cut.first_id, cut.below_id};
 	bool quiet = cut.scenario->too_strong || cut.scenario->no_flush;
 
 	for (unsigned sector = 0; sector < SECTORS; sector++) {
@@ -640,8 +651,7 @@ static void check_cuts(unsigned states, bool have_qemu, struct tally *tally)
 		uint64_t end = kit_random(&cut.seed, 6) ? last : ox_min(last, UINT64_C(80));
 		uint64_t at = n == 0 ? last : last - kit_random(&cut.seed, end);
 
-		for (unsigned i = 0; i < REQUESTS; i++)
-			cut.action[i].promised = is_promised(&cut.action[i], at);
+		set_promises(at);
 		build_state(at, n == 0 ? PICK_ALL : (enum pick)(n % PICKS), &cut.seed);
 		for (unsigned write = 0; write < 1 + (n % 3 == 0); write++) {
 			load_memory(&kit, "state", cut.state, cut.state_bytes);
