@@ -689,7 +689,7 @@ static void run_scenario(const struct scenario *scenario, uint64_t seed, unsigne
 int main(int argc, char **argv)
 {
 	bool is_long = getenv("OXBOW_LONG") != NULL, have_qemu;
-	unsigned rounds = is_long ? 12 : 2, states = is_long ? 1500 : 300;
+	unsigned rounds = is_long ? 12 : 2, states = is_long ? 1500 : 200;
 	uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : ox_clock_ns() | 1;
 	const char *only = getenv("OXBOW_ONLY");
 	int failures = 0;
