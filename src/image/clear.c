@@ -29,7 +29,7 @@ struct clear {
 static int pass_to_store_co(struct clear *clear, uint64_t store_offset, uint64_t length)
 {
 	struct ox_image_channel *channel = clear->channel;
-	bool dirty = __atomic_load_n(&channel->image->metadata_dirty, __ATOMIC_ACQUIRE);
+	bool dirty = !ox_image_map_is_durable(channel->image);
 	struct ox_io io = {.op = (uint8_t)clear->op,
 	                   .flags = (uint8_t)clear->flags,
 	                   .offset = store_offset,

@@ -57,6 +57,13 @@ static inline uint64_t ox_image_size_now(const struct ox_image *image)
 	return __atomic_load_n(&image->size, __ATOMIC_ACQUIRE);
 }
 
+/* The map that shows data in place is durable: so is a write there that is durable itself. */
+static inline bool ox_image_map_is_durable(const struct ox_image *image)
+{
+	return !__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE) &&
+	       !__atomic_load_n(&image->metadata_unsynced, __ATOMIC_ACQUIRE);
+}
+
 /* A list in memory, and room for a part of it with two entries more. */
 struct ox_list {
 	const struct iovec *iov;

@@ -223,7 +223,7 @@ static inline bool may_change(const struct ox_image *image, const struct ox_requ
 	return (extent->flags & OX_EXTENT_IN_PLACE) &&
 	       __atomic_load_n(&image->begun, __ATOMIC_ACQUIRE) &&
 	       (!((request->flags & OX_IO_DSYNC) || image->eager) ||
-	        !__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE));
+	        ox_image_map_is_durable(image));
 }
 
 /* A read that the image's own map did not answer with data: goes down the chain. */
@@ -282,6 +282,7 @@ static void submit_flush(struct ox_image_channel *channel, struct ox_request *re
 {
 	struct ox_image *image = channel->image;
 
+	__atomic_fetch_add(&image->flushes, 1, __ATOMIC_RELAXED);
 	if (image->data == image->store &&
 	    (!image->ops->commit_co || !__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE)))
 		submit_hit(request, channel->store, 0);

@@ -194,6 +194,10 @@ struct ox_image {
 	 * dirty is committed before its request ends, durable or not (the format's; constant from
 	 * begin on). */
 	bool eager;
+	/* Metadata is in the file, and a flush of the store is all that makes it durable: a durable
+	 * write must not take the hit path either (atomic; the format's). */
+	bool metadata_unsynced;
+	uint64_t flushes; /* asked for so far (atomic, relaxed) */
 	/* The format raw was guessed: a guest must not be able to turn the image into another
 	 * format by writing its first sector (CVE-2007-1320's class). */
 	bool guard_first_sector;

@@ -140,7 +140,7 @@ static int overwrite_co(struct ox_image_channel *channel, uint64_t offset,
                         const struct ox_extent *extent, const struct ox_list *list, uint64_t at,
                         bool durable, bool *commit)
 {
-	bool dirty = __atomic_load_n(&channel->image->metadata_dirty, __ATOMIC_ACQUIRE);
+	bool dirty = !ox_image_map_is_durable(channel->image);
 
 	if (dirty)
 		*commit = true;

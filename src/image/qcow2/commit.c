@@ -18,6 +18,11 @@
  * When a step fails, the pieces are dirty again, with everything they must wait for, and
  * everybody who waited hears of it.
  *
+ * Writing ahead: the first change after a flush goes to the file at once, beside the data that it
+ * maps, if it may (not `after_data`).  Who writes and flushes in turn then has both in the file
+ * when the flush comes, which is one sync and nothing else; who does not, pays for one small write
+ * a flush.
+ *
  * Locking: `running` is the commit's lock; struct qcow2_commit is under q->lock.
  */
 #include "base/fiber.h"
@@ -42,6 +47,8 @@ struct waiter {
 struct qcow2_commit {
 	bool running;
 	bool background;  /* a commit in the background was started */
+	bool ahead;       /* a write ahead of the next flush was started */
+	uint64_t flushes; /* the image's, when one was started last */
 	uint64_t tickets; /* given out */
 	uint64_t number;  /* commits begun */
 	unsigned dirty_pieces;
@@ -380,8 +387,10 @@ int qcow2_commit_co(struct ox_image_channel *channel)
 	pthread_mutex_lock(&q->lock);
 	ungather(q, &g, rc);
 	qcow2_record_sealed(q, rc == 0);
-	if (rc == 0 && TAILQ_EMPTY(&q->dirty_blocks))
+	if (rc == 0 && TAILQ_EMPTY(&q->dirty_blocks)) {
 		__atomic_store_n(&q->image->metadata_dirty, false, __ATOMIC_SEQ_CST);
+		__atomic_store_n(&q->image->metadata_unsynced, false, __ATOMIC_SEQ_CST);
+	}
 	if (rc == 0)
 		qcow2_freed_durable(channel, number);
 	end_turn(q, upto, rc);
@@ -442,6 +451,64 @@ static void commit_in_background_co(struct ox_image_channel *channel, void *arg)
 	(void)!qcow2_commit_co(channel);
 	pthread_mutex_lock(&q->lock);
 	q->commit->background = false;
+	pthread_mutex_unlock(&q->lock);
+}
+
+/* Everything dirty, if nothing of it must wait.  Lock held. */
+static int gather_ahead(struct qcow2 *q, struct gathered *g)
+{
+	struct qcow2_block *block;
+
+	TAILQ_FOREACH (block, &q->dirty_blocks, link) {
+		if (block->after_data)
+			return 0;
+	}
+	return gather_all(q, g);
+}
+
+static void write_ahead_co(struct ox_image_channel *channel, void *arg)
+{
+	struct qcow2 *q = channel->image->priv;
+	struct gathered g = {.count = 0};
+	int rc = 0;
+
+	pthread_mutex_lock(&q->lock);
+	(void)begin_turn_co(channel, 0, &rc);
+	rc = gather_ahead(q, &g);
+	pthread_mutex_unlock(&q->lock);
+	if (rc == 0)
+		rc = write_all_co(channel->store, &g);
+	pthread_mutex_lock(&q->lock);
+	ungather(q, &g, rc);
+	/* What is in the file is durable with the store's next flush, like data. */
+	if (rc == 0 && TAILQ_EMPTY(&q->dirty_blocks) && !qcow2_frees_wait(q)) {
+		__atomic_store_n(&q->image->metadata_unsynced, true, __ATOMIC_SEQ_CST);
+		__atomic_store_n(&q->image->metadata_dirty, false, __ATOMIC_SEQ_CST);
+	}
+	q->commit->ahead = false;
+	end_turn(q, 0, rc);
+	pthread_mutex_unlock(&q->lock);
+	free(g.pieces);
+	free(g.buffer);
+}
+
+void qcow2_write_ahead(struct ox_image_channel *channel)
+{
+	struct qcow2 *q = channel->image->priv;
+	uint64_t flushes = __atomic_load_n(&channel->image->flushes, __ATOMIC_RELAXED);
+	bool start;
+
+	pthread_mutex_lock(&q->lock);
+	start = q->commit->flushes != flushes && !q->commit->ahead && !q->commit->running;
+	if (start) {
+		q->commit->flushes = flushes;
+		q->commit->ahead = true;
+	}
+	pthread_mutex_unlock(&q->lock);
+	if (!start || ox_image_background(channel, write_ahead_co, NULL) == 0)
+		return;
+	pthread_mutex_lock(&q->lock);
+	q->commit->ahead = false;
 	pthread_mutex_unlock(&q->lock);
 }
 

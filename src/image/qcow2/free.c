@@ -93,6 +93,11 @@ void qcow2_note_free(struct qcow2 *q, uint64_t host, uint64_t bytes)
 	        (struct qcow2_note){.host = host, .bytes = bytes, .number = qcow2_commit_number(q)};
 }
 
+bool qcow2_frees_wait(const struct qcow2 *q)
+{
+	return q->alloc->notes_ready != q->alloc->notes_tail;
+}
+
 void qcow2_free_later(struct ox_image_channel *channel, uint64_t host, uint64_t bytes)
 {
 	qcow2_note_free(qcow2_of(channel), host, bytes);

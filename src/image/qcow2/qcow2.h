@@ -319,6 +319,8 @@ int qcow2_write_blocks_co(struct ox_image_channel *channel, struct qcow2_block *
  * half full (QCOW2_RECORD_LOW notes are left).  Lock not held. */
 #define QCOW2_RECORD_LOW 16384u
 void qcow2_commit_soon(struct ox_image_channel *channel);
+/* Starts writing what is dirty, if it is the first change after a flush.  Lock not held. */
+void qcow2_write_ahead(struct ox_image_channel *channel);
 /* From here on no commit runs, and nothing is being written, until resumed: for resize. */
 void qcow2_commit_pause_co(struct ox_image_channel *channel);
 void qcow2_commit_resume(struct qcow2 *q);
@@ -351,6 +353,8 @@ void qcow2_free_later(struct ox_image_channel *channel, uint64_t host, uint64_t 
 /* A commit ended well: removals noted while qcow2_commit_number() was below `number` are durable.
  * Lock held; starts the work in the background. */
 void qcow2_freed_durable(struct ox_image_channel *channel, uint64_t number);
+/* Are there removals that no commit has made durable?  Lock held. */
+bool qcow2_frees_wait(const struct qcow2 *q);
 /* For finish_co: waits for the background's work, gives the reserve back (refcounts dirty, to be
  * committed), and answers where the file may end. */
 int qcow2_alloc_finish_co(struct ox_image_channel *channel, uint64_t *end) OX_MUST_CHECK;

@@ -393,8 +393,10 @@ int qcow2_allocate(struct ox_image_channel *channel, uint64_t offset, uint64_t l
 	if (rc == 0)
 		publish_fresh(channel, unit, offset, host, got, false);
 	pthread_mutex_unlock(&q->lock);
-	if (rc == 0)
+	if (rc == 0) {
+		qcow2_write_ahead(channel);
 		qcow2_commit_soon(channel);
+	}
 	return rc;
 }
 

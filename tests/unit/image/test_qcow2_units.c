@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * qcow2's map in memory: how much of it there is, and when it goes.
+ * qcow2's map in memory: how much of it there is, when it goes, and when it goes to the file.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -187,12 +187,51 @@ static void idle(void **state)
 	with(0, idle_co);
 }
 
+/* The first change after a flush is written at once; a durable write waits for it to be durable. */
+static int ahead_co(struct ox_image_channel *channel, void *arg, struct ox_error *err)
+{
+	struct ox_image *image = channel->image;
+	char sector[512] = {3};
+
+	assert_int_equal(ox_image_write_co(channel, 0, sector, 512, 0), 0);
+	assert_true(image->metadata_dirty);
+	ox_sleep_co(5000000);
+	/* No flush so far: nothing says that there will be one. */
+	assert_true(image->metadata_dirty);
+	assert_int_equal(ox_image_request_co(channel, OX_IO_FLUSH, 0, 0, 0), 0);
+	assert_false(image->metadata_dirty || image->metadata_unsynced);
+	assert_int_equal(ox_image_write_co(channel, 10 * MIB, sector, 512, 0), 0);
+	while (__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE))
+		ox_sleep_co(100000);
+	assert_true(image->metadata_unsynced);
+	/* The second one waits for the flush. */
+	assert_int_equal(ox_image_write_co(channel, 20 * MIB, sector, 512, 0), 0);
+	ox_sleep_co(5000000);
+	assert_true(image->metadata_dirty);
+	assert_int_equal(ox_image_request_co(channel, OX_IO_FLUSH, 0, 0, 0), 0);
+	/* In place, durable: what maps it must be, too. */
+	assert_int_equal(ox_image_write_co(channel, 30 * MIB, sector, 512, 0), 0);
+	while (__atomic_load_n(&image->metadata_dirty, __ATOMIC_ACQUIRE))
+		ox_sleep_co(100000);
+	assert_true(image->metadata_unsynced);
+	assert_int_equal(ox_image_write_co(channel, 30 * MIB, sector, 512, OX_IO_DSYNC), 0);
+	assert_false(image->metadata_unsynced);
+	return 0;
+}
+
+static void ahead(void **state)
+{
+	make(64 * MIB, "cluster_size", "64k");
+	with(0, ahead_co);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 	        cmocka_unit_test(preallocated),
 	        cmocka_unit_test(budget),
 	        cmocka_unit_test(idle),
+	        cmocka_unit_test(ahead),
 	};
 
 	return cmocka_run_group_tests(tests, make_path, drop_path);
