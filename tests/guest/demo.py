@@ -88,7 +88,7 @@ def read_tree(guest):
 
 def kill_under_load(guest, server, kills):
     """Verified writes to new space while the server is killed and started again."""
-    job = guest.start(fio_verify('/dev/vda', size='512m', bs='16k', depth=32, rate_iops=',6000',
+    job = guest.start(fio_verify('/dev/vda', size='512m', bs='32k', depth=32, rate_iops=',4000',
                                  **KILLED))
     for number in range(kills):
         guest.wait_writes(2000, job)
