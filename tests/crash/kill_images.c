@@ -68,8 +68,6 @@ struct shared {
 	uint8_t disk[SECTORS * 512];
 };
 
-extern char **environ;
-
 static struct shared *shared;
 static const struct scenario *scenario;
 static struct ox_secrets *secrets;

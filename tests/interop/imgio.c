@@ -114,11 +114,14 @@ static void compare(struct task *task, uint64_t offset, const uint8_t *found, co
                     size_t bytes)
 {
 	for (size_t i = 0; i < bytes; i++) {
+		unsigned long long at = offset;
+
 		if (found[i] == wanted[i])
 			continue;
+		at += i;
 		if (!__atomic_exchange_n(&task->different, true, __ATOMIC_RELAXED))
-			fprintf(stderr, "imgio: at %llu is 0x%02x, and 0x%02x should be\n",
-			        (unsigned long long)(offset + i), found[i], wanted[i]);
+			fprintf(stderr, "imgio: at %llu is 0x%02x, and 0x%02x should be\n", at,
+			        found[i], wanted[i]);
 		return;
 	}
 }
@@ -200,8 +203,7 @@ static void run_task(struct task *task, uint64_t offset, uint64_t length)
 	task->end = offset + length;
 	task->step = piece_bytes ? piece_bytes : length;
 	if (!piece_bytes && kit.threads > 1)
-		task->step = ox_max(ox_align_up(length / (UINT64_C(4) * kit.threads), 512),
-		                    UINT64_C(512));
+		task->step = ox_max(ox_align_up(length / 4 / kit.threads, 512), UINT64_C(512));
 	for (unsigned i = 0; i < count; i++)
 		work[i] = (struct kit_work){i % kit.threads, task_co, task};
 	kit_run(&kit, work, count);

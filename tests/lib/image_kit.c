@@ -12,8 +12,6 @@
 #include <string.h>
 #include <sys/wait.h>
 
-extern char **environ;
-
 struct run {
 	pthread_mutex_t lock;
 	pthread_cond_t all_ended;
