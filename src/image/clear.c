@@ -57,19 +57,19 @@ static int zero_length_co(struct ox_image_channel *channel, uint64_t offset, uin
 	return 0;
 }
 
-/* Writes zeroes unless there are some. */
+/* Writes zeroes unless there are some; what says so may not be durable yet. */
 static int zero_extent_co(struct clear *clear, uint64_t offset, struct ox_extent *extent)
 {
 	uint64_t zero = extent->length;
-	int rc;
+	int rc = 0;
 
-	if (extent->kind == OX_EXTENT_ZERO)
-		return 0;
-	rc = zero_length_co(clear->channel, offset, &zero);
+	if (extent->kind != OX_EXTENT_ZERO)
+		rc = zero_length_co(clear->channel, offset, &zero);
 	if (rc < 0)
 		return rc;
 	if (zero > 0) {
 		extent->length = zero;
+		clear->commit |= !ox_image_map_is_durable(clear->channel->image);
 		return 0;
 	}
 	return ox_image_write_zeroes_co(clear->channel, offset, extent->length,
