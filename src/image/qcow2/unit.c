@@ -485,7 +485,7 @@ static int load_locked_out_co(struct ox_image_channel *channel, uint64_t index, 
 {
 	struct qcow2 *q = channel->image->priv;
 	struct qcow2_unit *unit;
-	uint64_t store_offset;
+	uint64_t store_offset, cluster;
 	const char *bad;
 	uint32_t which = 0;
 	int rc;
@@ -523,9 +523,9 @@ static int load_locked_out_co(struct ox_image_channel *channel, uint64_t index, 
 		if (!bad)
 			return 0;
 		free(unit);
+		cluster = index * qcow2_unit_entries(q) + which;
 		return qcow2_corrupt_co(channel, "the entry of guest cluster %llu %s",
-		                        (unsigned long long)(index * qcow2_unit_entries(q) + which),
-		                        bad);
+		                        (unsigned long long)cluster, bad);
 	}
 }
 
