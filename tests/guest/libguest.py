@@ -490,6 +490,10 @@ def qemu_program():
     return name
 
 
+# How CPUs are emulated where there is no KVM.
+TCG = 'tcg,thread=multi'
+
+
 def machine_arguments(accel):
     """Machine, CPU and console for an accelerator."""
     if platform.machine() == 'x86_64':
@@ -498,7 +502,7 @@ def machine_arguments(accel):
         machine, console = 'virt', 'ttyAMA0'
     if accel == 'kvm':
         return ['-accel', 'kvm', '-cpu', 'host'], machine, console
-    return ['-accel', 'tcg,thread=multi', '-cpu', 'max'], machine, console
+    return ['-accel', TCG, '-cpu', 'max'], machine, console
 
 
 def accelerator(made, folder):
