@@ -56,7 +56,7 @@ def move(tap, label, packed, queues, hops):
                 rounds=$((rounds + 1))
             done
             echo $rounds''')
-        writer = guest.start(fio_verify('/dev/vda', bs='4k', size='128m', depth=16,
+        writer = guest.start(fio_verify('/dev/vda', bs='4k', size='64m', depth=16,
                                         rate_iops=',3000'))
         guest.wait_writes(1500, writer)
         for number in range(hops):
@@ -69,12 +69,12 @@ def move(tap, label, packed, queues, hops):
             if number + 1 < hops:
                 guest.wait_writes(500, writer)
         guest.wait_writes(10, writer)
-        fio_verified(guest.check_job(writer), '128m')
+        fio_verified(guest.check_job(writer), '64m')
         tap.ok(True, f'{label}: every write reads back at the new place')
         guest.check('touch /tmp/stop')
         rounds = int(guest.check_job(reader))
         tap.ok(rounds > 0, f'{label}: every read on the way was right ({rounds} rounds)')
-        guest.verify('/dev/vda', size='16m', bssplit='512/50:64k/50')
+        guest.verify('/dev/vda', size='8m', bssplit='512/50:64k/50')
         tap.ok(True, f'{label}: new writes and reads')
         errors = guest.io_errors()
         tap.ok(not errors, f'{label}: no error in the guest', errors)
